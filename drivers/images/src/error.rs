@@ -43,6 +43,16 @@ pub enum ImageError {
         /// Which option, and what it may be.
         what: String,
     },
+    /// The disk cannot have this size.
+    #[error("resize {path} as {format}: {what}")]
+    Resize {
+        /// The file.
+        path: String,
+        /// The format.
+        format: &'static str,
+        /// Why not.
+        what: String,
+    },
     /// Another image is being merged into it, so that only that one can be above it.
     #[error("use {path}: it is partly merged with {other}; merge that again, to complete it")]
     Merging {
@@ -92,7 +102,7 @@ impl ImageError {
             ImageError::InUse { .. } => Errno::EAGAIN,
             ImageError::Refused { .. } => Errno::EUCLEAN,
             ImageError::Merging { .. } => Errno::EBUSY,
-            ImageError::Options { .. } => Errno::EINVAL,
+            ImageError::Options { .. } | ImageError::Resize { .. } => Errno::EINVAL,
             ImageError::Backing { error, .. } => error.errno(),
         }
     }

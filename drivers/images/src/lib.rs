@@ -1,7 +1,7 @@
 //! Image formats: files of the host as disks of a guest.
 //!
 //! ```text
-//!   name, or first bytes ──► Formats ──► Driver ──► open, create, describe, check
+//!   name, or first bytes ──► Formats ──► Driver ──► open, create, describe, check, grow
 //!                            registry    a format's row
 //!
 //!   Request ──► an image ──► ImageFile ──► tap_host::File
@@ -27,6 +27,7 @@ mod error;
 mod foreign;
 mod format;
 pub mod formats;
+mod grow;
 mod io;
 pub mod map;
 mod memory;

@@ -1,9 +1,9 @@
-//! The registry: the drivers that open, create, describe and check images of each format.
+//! The registry: the drivers that open, create, describe, check and enlarge images of each format.
 //!
 //! ```text
 //!   name on a command line ─► Format ─┐
 //!   first bytes of a file ────────────┴► Formats ─► Driver ─► open ─► its backing file, through Formats again
-//!                                        a row each       └─► create, describe, check
+//!                                        a row each       └─► create, describe, check, grow
 //! ```
 //!
 //! A format is one [`Driver`] in one row. No other code depends on the format of an image.
@@ -11,6 +11,7 @@
 use crate::chain::{Backing, MAX_CHAIN, OpenOptions, resolve, same_path};
 use crate::foreign::foreign;
 use crate::format::{CheckReport, Description, Format, FormatInfo, ImageFormat, ImageSpec, NewImage};
+use crate::grow::refused;
 use crate::io::{ImageFile, is_transient as passes};
 use crate::merging::{MERGE_MARK_STAYS, check_merging, merging, unmark_merged};
 use crate::{ImageError, ImageHost, file_id};
@@ -61,6 +62,18 @@ pub trait Driver<H: ImageHost> {
         how: OpenOptions,
     ) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
         let _ = (host, path, how);
+        None
+    }
+
+    /// Makes the disk of `image`, which is opened for writing, larger: it has `size_bytes` then, durably, and the new
+    /// part reads as zeros. A disk that has this size already stays as it is. `None` if the format cannot.
+    fn grow(
+        &self,
+        host: H,
+        image: OpenImage<H>,
+        size_bytes: u64,
+    ) -> Option<LocalBoxFuture<Result<(), ImageError>>> {
+        let _ = (host, image, size_bytes);
         None
     }
 }
@@ -266,6 +279,48 @@ impl<H: ImageHost> Formats<H> {
                 Err(error) if is_transient(&error) && patience.again_before(host, until_ns).await => {}
                 result => return result,
             }
+        }
+    }
+
+    /// Makes the disk of the image `spec`, which nobody has open, larger: it has `size_bytes` then, durably, and the
+    /// new part reads as zeros. A crash or an error leaves it with its old size or the new one.
+    ///
+    /// # Errors
+    /// [`ImageError`], also when the disk is larger already, or disks of its format cannot grow.
+    pub async fn grow(
+        self,
+        host: &H,
+        spec: &ImageSpec,
+        options: &OpenOptions,
+        size_bytes: u64,
+    ) -> Result<(), ImageError> {
+        let (mut patience, until_ns) = (Patience::until(), host.now_ns() + OPEN_ANEW_NS);
+        loop {
+            match self.grow_once(host, spec, options, size_bytes).await {
+                Err(error) if is_transient(&error) && patience.again_before(host, until_ns).await => {}
+                result => return result,
+            }
+        }
+    }
+
+    async fn grow_once(
+        self,
+        host: &H,
+        spec: &ImageSpec,
+        options: &OpenOptions,
+        size_bytes: u64,
+    ) -> Result<(), ImageError> {
+        let driver = self.driver(host, spec, false).await?;
+        let (path, format) = (spec.path.clone(), driver.format());
+        let options = OpenOptions { write: true, unlocked: false, ..options.clone() };
+        let image = OpenImage { path, options, format, formats: self, any: false, above: Vec::new() };
+        match driver.grow(host.clone(), image, size_bytes) {
+            Some(grown) => grown.await,
+            None => Err(refused(
+                &spec.path,
+                format,
+                "disks of this format cannot grow; convert it to another one".to_owned(),
+            )),
         }
     }
 

@@ -13,6 +13,8 @@ pub enum Invariant {
     G10,
     /// The image opens and reads after a crash.
     G11,
+    /// Disks that grow.
+    G12,
     /// Leaks of clusters.
     G13,
     /// A failed flush is not forgotten.
@@ -99,12 +101,13 @@ pub enum Invariant {
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Invariant; 46] = [
+    pub const ALL: [Invariant; 47] = [
         Self::G1,
         Self::G7,
         Self::G9,
         Self::G10,
         Self::G11,
+        Self::G12,
         Self::G13,
         Self::E2,
         Self::E4,
@@ -158,6 +161,9 @@ impl Invariant {
             Self::G9 => "what was once read after recovery stays, even after another crash",
             Self::G10 => "a sector holds only what was written to that sector",
             Self::G11 => "after a crash the image opens, and every sector can be read and written",
+            Self::G12 => {
+                "a disk that grows has its old size or the new one, keeps its bytes, and shows zeros in the new part"
+            }
             Self::G13 => "errors and crashes leak no more than a few clusters each",
             Self::E2 => "a flush that succeeds covers everything that an earlier failed one did not",
             Self::E4 => "a request fails only where the storage below it failed",

@@ -27,6 +27,7 @@
 //! | `layout` | geometry, the meaning of an entry |
 //! | `offset` | offsets on the disk and in the file, as distinct types |
 //! | `open` | turns what a format has read into a disk, or a check report |
+//! | `grow` | prepares an image for a larger disk |
 //! | `table` | tables in memory, loaded once |
 //! | `commit` | writes mappings, several at a time |
 //! | `space`, `doubt` | places for new clusters; places that may or may not be mapped |
@@ -37,6 +38,7 @@ mod bits;
 mod commit;
 mod doubt;
 mod extents;
+mod grow;
 mod inflate;
 mod layout;
 mod offset;
@@ -49,6 +51,7 @@ mod walk;
 mod write;
 mod zero;
 
+pub use grow::Zeroed;
 pub use layout::{Compressed, Geometry, Layout, Mapping, decode_entries};
 pub use offset::{GuestCluster, GuestOffset, HostOffset};
 pub use open::{Front, Surveyed};
@@ -75,7 +78,7 @@ use tap_host::{Errno, IoVec, SECTOR_BYTES, SectorRange};
 
 tap_host::listed! {
     pub(super) BUGS: Bug with [
-        commit::BUGS, doubt::BUGS, extents::BUGS, open::BUGS, read::BUGS, table::BUGS, walk::BUGS,
+        commit::BUGS, doubt::BUGS, extents::BUGS, grow::BUGS, open::BUGS, read::BUGS, table::BUGS, walk::BUGS,
         write::BUGS, zero::BUGS,
     ];
 }

@@ -10,7 +10,9 @@
 use super::owners::Owners;
 use super::table::{cache_bytes, table_cost};
 use super::walk::{FRONTIER_FROM_LAST_L1, Stopped, Walked, walk};
-use super::{Cache, DOUBTS, Frontier, Geometry, HostOffset, Image, Layout, MappedDisk, Parts, SUSPECT_BYTES};
+use super::{
+    Allocator, Cache, DOUBTS, Frontier, Geometry, HostOffset, Image, Layout, MappedDisk, Parts, SUSPECT_BYTES,
+};
 use crate::io::ImageFile;
 use crate::memory::ImageStages;
 use crate::{CheckReport, Description, Format, ImageError, ImageHost, OpenImage};
@@ -211,7 +213,17 @@ impl<H: ImageHost, L: Layout<Allocator = Frontier>> Surveyed<H, L> {
         MappedDisk::new(self.into_image(host, backing), read_only)
     }
 
-    fn into_image(self, host: &H, backing: Option<Rc<dyn Node>>) -> Image<H, L> {
+    /// The end of its space; past it nothing is in use.
+    pub(super) fn space_end(&self) -> HostOffset {
+        self.space.end()
+    }
+
+    /// Its file, without all the rest.
+    pub(super) fn into_front_file(self) -> ImageFile<H> {
+        self.front.file
+    }
+
+    pub(super) fn into_image(self, host: &H, backing: Option<Rc<dyn Node>>) -> Image<H, L> {
         // Opening for writing has made it part of the file.
         let empty_table = if self.read_only { self.front.unwritten_table() } else { None };
         let Self { front: Front { file, geometry, root, .. }, mut memory, cache, space, read_only } = self;

@@ -42,6 +42,11 @@ pub(crate) fn commit() -> String {
     filled(include_str!("commit.txt"))
 }
 
+/// The text below the options of `tap-img resize`.
+pub(crate) fn resize() -> String {
+    filled(include_str!("resize.txt"))
+}
+
 /// Fills in `{specs}`, the forms of image names, and `{formats}`, the formats with a description each.
 fn filled(text: &str) -> String {
     let all = |show: fn(&Format) -> String| SHIPPED.iter().map(show).collect::<Vec<_>>().join(", ");
@@ -58,12 +63,13 @@ mod tests {
     fn help_texts_name_every_format_and_have_no_placeholder_left() {
         let [serve, xen, attach, img] = [serve(), xen(), attach(), img()];
         let [control, ctl, commit, tapback] = [control(), ctl(), commit(), tapback()];
+        let resize = resize();
         for format in SHIPPED {
             assert!([&serve, &attach, &ctl].iter().all(|text| text.contains(&format!("{format}:PATH"))));
             assert!(img.contains(&format!("{format} (")));
         }
         let left = ["{specs}", "{formats}"];
-        let all = [serve, xen, attach, img, control, ctl, commit, tapback];
+        let all = [serve, xen, attach, img, control, ctl, commit, tapback, resize];
         assert!(all.iter().all(|text| !left.iter().any(|name| text.contains(name)) && !text.ends_with('\n')));
     }
 }

@@ -1,5 +1,5 @@
-//! `tap-img`: creates, shows, checks, compares, converts and merges images, with the options, the JSON keys and the
-//! exit statuses of `qemu-img`, for the formats of this project.
+//! `tap-img`: creates, shows, checks, compares, converts, merges and enlarges images, with the options, the JSON keys
+//! and the exit statuses of `qemu-img`, for the formats of this project.
 
 mod apart;
 mod check;
@@ -11,6 +11,7 @@ mod damage;
 mod info;
 mod map;
 mod pump;
+mod resize;
 mod target;
 
 use crate::Console;
@@ -33,7 +34,7 @@ tap_host::listed! {
 #[command(
     name = "tap-img",
     version,
-    about = "Creates, shows, checks, compares, converts and merges disk images"
+    about = "Creates, shows, checks, compares, converts, merges and enlarges disk images"
 )]
 #[command(after_help = help::img())]
 pub struct Cli {
@@ -66,6 +67,9 @@ enum Command {
     /// Merges an image into its backing file
     #[command(after_help = help::commit())]
     Commit(commit::Commit),
+    /// Makes the disk of an image that nobody has open larger
+    #[command(after_help = help::resize())]
+    Resize(resize::Resize),
 }
 
 /// The output format.
@@ -129,6 +133,7 @@ pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
         Command::Compare(args) => args.run(&host, console).await,
         Command::Convert(args) => args.run(&host, console).await,
         Command::Commit(args) => args.run(&host, console).await,
+        Command::Resize(args) => args.run(&host, console).await,
     };
     outcome.unwrap_or_else(|failure| {
         console.err(&format!("tap-img: failed to {}", failure.text));

@@ -346,6 +346,62 @@ fn bad_input_fails_with_one_clear_line() {
 }
 
 #[test]
+fn a_disk_grows_and_keeps_what_it_shows() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 300 << 10);
+    // The second disk ends within a cluster, and the base goes on behind it.
+    for (size, cluster, status) in [("300k", "4k", 3), ("70k", "64k", 0), ("101k", "512", 3)] {
+        machine
+            .ok(&format!("create -q -f qcow -o cluster_size={cluster},l2_entries=64 -b disk /a.qcow {size}"));
+        machine.ok("convert -S 0 --backing raw /a.qcow /old");
+        assert_eq!(machine.ok("resize --backing raw /a.qcow +10M"), "Image resized.");
+        assert_eq!(machine.ok("resize -q --backing raw /a.qcow 11M"), "");
+        assert_eq!(machine.json("info --output json /a.qcow")["virtual-size"], 11 << 20);
+        machine.ok("resize -q /old 11M");
+        machine.ok("compare -q --backing raw /a.qcow /old");
+        // The places of older tables, unless they are in the header's cluster.
+        let (told, out, err) = machine.run("check /a.qcow");
+        assert_eq!((told, err.as_str()), (status, ""), "{out}");
+    }
+    // It holds what is written to the new part.
+    machine.put_disk("/full", 11 << 20);
+    machine.ok("create -q -f qcow -o cluster_size=512,l2_entries=64 /plain.qcow 101k");
+    machine.ok("resize -q /plain.qcow 11M");
+    machine.ok("convert -q -n -O qcow /full qcow:/plain.qcow");
+    machine.ok("compare -q /plain.qcow /full");
+    machine.ok("resize -q /disk +1");
+    assert_eq!(machine.kernel.storage().bytes("/disk").unwrap().len(), (300 << 10) + 512);
+}
+
+#[test]
+fn a_disk_that_cannot_be_resized_says_why() {
+    let machine = Machine::quiet();
+    machine.put_disk("/disk", 65536);
+    machine.ok("create -q -f qcow /a.qcow 1M");
+    machine.ok("create -q -f qcow -o cluster_size=512,l2_entries=64 /small.qcow 1M");
+    machine.ok("create -q -f qcow -b disk /b.qcow 1M");
+    machine.kernel.storage().put_device("/dev", Content { size: 8 << 20, ..Content::default() });
+    let image = machine.kernel.storage().bytes("/a.qcow").unwrap();
+    for (line, words) in [
+        ("resize /disk 32k", "the disk has 65536 bytes, and what is past byte 32768 would be lost"),
+        ("resize /a.qcow 512k", "the disk has 1048576 bytes, and what is past byte 524288 would be lost"),
+        ("resize /a.qcow -- -1k", "resize /a.qcow: a disk cannot be made smaller"),
+        ("resize /a.qcow +1x", "'1x' is not a size"),
+        ("resize /a.qcow +8191P", "too large for clusters of 2^12 bytes"),
+        ("resize /disk 9E", "larger than a file can be"),
+        ("resize /small.qcow 1T", "too large for clusters of 2^9 bytes"),
+        ("resize /b.qcow 2M", "it is based on /disk, which may not be opened; allow it with --backing"),
+        ("resize raw:/dev 16M", "it is a block device, whose size is not this program's to change"),
+        ("resize /gone 1M", "open /gone"),
+        ("resize nbd:localhost:1 1M", "needs a file"),
+    ] {
+        let text = machine.fails(line, 1);
+        assert!(text.contains(words), "{line}: {text}");
+    }
+    assert_eq!(machine.kernel.storage().bytes("/a.qcow").unwrap(), image, "it is as it was");
+}
+
+#[test]
 fn check_finds_that_a_file_was_cut_off() {
     let machine = Machine::quiet();
     machine.put_disk("/disk", 64 << 10);

@@ -15,6 +15,7 @@ mod disk;
 mod merged;
 mod remade;
 mod reports;
+mod resized;
 
 use super::failures::passing_storage;
 use super::shown::shown;
@@ -34,6 +35,7 @@ use tap_programs::img::{Cli, run};
 
 pub use merged::{IMAGE_MERGED, MERGE_ROUND, PATTERN};
 pub use remade::{IMAGE_REMADE, ROUND};
+pub use resized::{IMAGE_RESIZED, RESIZE_ROUND};
 
 /// Nothing fails permanently: each command must succeed.
 pub static IMAGE_TOOLS: Scenario = Scenario {

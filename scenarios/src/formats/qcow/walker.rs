@@ -15,6 +15,8 @@ use tap_host::SECTOR_BYTES;
 
 const MAGIC: u32 = 0x5146_49fb;
 const HEADER_BYTES: u64 = 48;
+/// The L1 table of a new image begins here, or before.
+const L1_IN_FRONT: u64 = 4096;
 /// Nothing here creates larger tables.
 const L1_ENTRIES_MAX: u64 = 1 << 22;
 
@@ -75,14 +77,7 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
         return broken(Invariant::Q2, format!("the L1 table of {l1_entries} entries is not within the file"));
     }
     let mut owners = Owners::new(cluster_bits);
-    // Header and L1 are together at the front; the backing file's name is between them or in separate space.
-    let front = map.root_at + (l1_entries * 8).max(1);
-    owners.take(0, front, || "the header".into())?;
-    if let Some((at, len)) = name
-        && (at < HEADER_BYTES || at + len > map.root_at)
-    {
-        owners.take(at, len.max(1), || "the name of the backing file".into())?;
-    }
+    take_front(&mut owners, &map, (l1_entries * 8).max(1), name)?;
     let mut table = vec![0; (l1_entries * 8) as usize];
     content.pages.read(map.root_at, &mut table);
     check_sum(content, &map, &table)?;
@@ -98,6 +93,27 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
     owners.fill(map.root_at..map.root_at + (l1_entries * 8).next_multiple_of(SECTOR_BYTES));
     owners.finish(content, &mut map)?;
     Ok(map)
+}
+
+/// The header, the L1 table of `l1_bytes` and the backing file's name. A new image has them together at its front, with
+/// the name in between or in separate space. The L1 table of a disk that has grown is somewhere behind them.
+fn take_front(
+    owners: &mut Owners,
+    map: &ImageMap,
+    l1_bytes: u64,
+    name: Option<(u64, u64)>,
+) -> Result<(), Broken> {
+    let is_between = |(at, len): (u64, u64)| at >= HEADER_BYTES && at + len <= map.root_at;
+    if map.root_at <= L1_IN_FRONT {
+        owners.take(0, map.root_at + l1_bytes, || "the header".into())?;
+        return match name.filter(|name| !is_between(*name)) {
+            Some((at, len)) => owners.take(at, len.max(1), || "the name of the backing file".into()),
+            None => Ok(()),
+        };
+    }
+    let front = name.map_or(HEADER_BYTES, |(at, len)| (at + len).max(HEADER_BYTES));
+    owners.take(0, front, || "the header".into())?;
+    owners.take(map.root_at, l1_bytes, || "the L1 table".into())
 }
 
 /// The checksum in Xen's extended header, if there is one: right, or cleared.

@@ -21,7 +21,7 @@ tap_host::listed! {
 }
 
 /// Alignment of the L1 table: no drive writes the table and the header in one unit.
-const L1_ALIGN: u64 = 4096;
+pub(super) const L1_ALIGN: u64 = 4096;
 
 /// Name of the option for the size of clusters, in bytes. Default: 4 KiB, and 512 with a backing file.
 pub(super) const CLUSTER_SIZE: &str = "cluster_size";

@@ -1,7 +1,7 @@
 //! qcow version 1: clusters on demand, above an optional backing file.
 //!
 //! The map engine (`crate::map`) maps the disk and orders writes. This module has the specifics of the format: its
-//! bytes (`format`), and how an image is opened, created and checked.
+//! bytes (`format`), and how an image is opened, created, checked and made larger.
 //!
 //! # What is supported
 //!
@@ -12,6 +12,7 @@
 
 mod create;
 mod format;
+mod grow;
 mod open;
 
 use crate::map::{Frontier, Geometry, HostOffset, Layout, MappedDisk, Mapping};
@@ -24,7 +25,7 @@ use std::rc::Rc;
 use tap_core::{LocalBoxFuture, Node};
 
 tap_host::listed! {
-    pub(crate) BUGS: Bug with [create::BUGS, open::BUGS];
+    pub(crate) BUGS: Bug with [create::BUGS, grow::BUGS, open::BUGS];
 }
 
 /// The format.
@@ -75,6 +76,15 @@ impl<H: ImageHost> crate::Driver<H> for Driver {
         how: OpenOptions,
     ) -> Option<LocalBoxFuture<Result<CheckReport, ImageError>>> {
         Some(Box::pin(async move { check(&host, &path, &how).await }))
+    }
+
+    fn grow(
+        &self,
+        host: H,
+        image: OpenImage<H>,
+        size_bytes: u64,
+    ) -> Option<LocalBoxFuture<Result<(), ImageError>>> {
+        Some(Box::pin(async move { grow::grow(&host, &image, size_bytes).await }))
     }
 }
 

@@ -123,7 +123,7 @@ pub(super) async fn open<H: ImageHost>(host: &H, image: &OpenImage<H>) -> Result
 }
 
 /// Clears the checksum of Xen's extended header, which covers the L1 table and is not maintained.
-async fn clear_checksum<H: ImageHost>(file: &ImageFile<H>, xen: Option<Xen>) -> Result<(), Errno> {
+pub(super) async fn clear_checksum<H: ImageHost>(file: &ImageFile<H>, xen: Option<Xen>) -> Result<(), Errno> {
     match xen {
         Some(xen) if xen.checksum != 0 => file.write_bytes(XEN_CHECKSUM_AT, &[0; 4]).await,
         _ => Ok(()),

@@ -6,6 +6,7 @@
 mod ahead;
 
 use crate::calls::closed;
+use crate::grow::{grows, refused};
 use crate::io::{ImageFile, sync_name};
 use crate::sync::{FLUSH_EARLY, FUA_UNSYNCED};
 use crate::{Description, Format, FormatInfo, ImageError, ImageHost, NewImage, OpenImage, OpenOptions};
@@ -17,6 +18,7 @@ use tap_host::{Errno, FileExtent, FileId, IoVec, SECTOR_BYTES, SectorRange, Zero
 
 tap_host::listed! {
     pub(crate) BUGS: Bug with [ahead::BUGS];
+    GROWN_RAW_UNSYNCED = "grown-raw-unsynced", "a raw image is reported larger before that is durable";
     CLOSE_UNSYNCED = "close-unsynced", "a raw image is closed without being synchronised";
 }
 
@@ -64,6 +66,15 @@ impl<H: ImageHost> crate::Driver<H> for Driver {
             })
         })
     }
+
+    fn grow(
+        &self,
+        host: H,
+        image: OpenImage<H>,
+        size_bytes: u64,
+    ) -> Option<LocalBoxFuture<Result<(), ImageError>>> {
+        Some(Box::pin(async move { grow(&host, &image, size_bytes).await }))
+    }
 }
 
 /// An open raw image.
@@ -102,6 +113,31 @@ async fn create<H: ImageHost>(
     file.set_size(size_bytes).await.map_err(ImageError::io("set the size of", path))?;
     file.sync().await.map_err(ImageError::io("synchronise", path))?;
     sync_name(host, path).await
+}
+
+/// Extends the file of `image` to `size_bytes`; the new part is a hole.
+///
+/// # Errors
+/// [`ImageError`].
+async fn grow<H: ImageHost>(host: &H, image: &OpenImage<H>, size_bytes: u64) -> Result<(), ImageError> {
+    let path = image.path.as_str();
+    let file = ImageFile::open(host, path, &image.options).await?;
+    if file.info.block_device {
+        let what =
+            "it is a block device, whose size is not this program's to change; extend the device itself";
+        return Err(refused(path, FORMAT, what.to_owned()));
+    }
+    let have_bytes = file.info.size_bytes.next_multiple_of(SECTOR_BYTES);
+    // A file that does not end with a whole sector gets the rest of it.
+    if grows((path, FORMAT), have_bytes, size_bytes)? || file.info.size_bytes < size_bytes {
+        file.set_size(size_bytes).await.map_err(ImageError::io("set the size of", path))?;
+    }
+    if !host.bug(&GROWN_RAW_UNSYNCED) {
+        file.sync_to_close().await.map_err(ImageError::io("synchronise", path))?;
+    }
+    drop(file);
+    closed(host).await;
+    Ok(())
 }
 
 impl<H: ImageHost> Raw<H> {
