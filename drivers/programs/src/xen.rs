@@ -279,7 +279,8 @@ impl<H: GuestHost> Shared<H> {
             self.host.mark(&VBD_REFUSED);
             self.report_failure(&config, why);
         };
-        let end = lead(&self.host, &config, &self.leave, open, tell).await;
+        // With a process its rings ended.
+        let end = lead(&self.host, &config, &self.leave, open, tell, async || {}).await;
         self.leave_if_deaf(&end);
         self.report_end(&config, &place, end);
     }

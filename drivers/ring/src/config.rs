@@ -86,6 +86,8 @@ pub enum ConnectError {
     Told {
         /// Why.
         words: String,
+        /// It may be back soon.
+        away: bool,
     },
     /// The record contradicts the ring.
     #[error("take up the ring: {0}; the front end has to make a new one")]

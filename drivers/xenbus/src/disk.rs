@@ -48,13 +48,28 @@ pub struct Serving {
     pub ended: Receiver<RingEnd>,
 }
 
+/// Why a disk is not served.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unserved {
+    /// Continues "failed to".
+    pub words: String,
+    /// Whoever serves it is away, and may be back soon: front ends wait.
+    pub away: bool,
+}
+
+impl From<ConnectError> for Unserved {
+    fn from(why: ConnectError) -> Self {
+        Self { words: why.to_string(), away: matches!(why, ConnectError::Told { away: true, .. }) }
+    }
+}
+
 /// A disk, and who serves its rings.
 pub trait ServedDisk<H: XenHost> {
     /// What front ends are to be told.
     ///
     /// # Errors
-    /// Why nobody knows at the moment; the sentence continues "failed to".
-    fn shown(&self) -> impl Future<Output = Result<Shown, String>>;
+    /// Why nobody knows at the moment; where it is [`Unserved::away`], that was waited for.
+    fn shown(&self) -> impl Future<Output = Result<Shown, Unserved>>;
 
     /// Has a ring served.
     ///
@@ -74,7 +89,7 @@ pub trait ServedDisk<H: XenHost> {
 
 /// A disk of this process.
 impl<H: XenHost> ServedDisk<H> for Rc<dyn Node> {
-    async fn shown(&self) -> Result<Shown, String> {
+    async fn shown(&self) -> Result<Shown, Unserved> {
         Ok(Shown::of(&self.info()))
     }
 

@@ -11,7 +11,7 @@
 use crate::config::{BackendConfig, BackendEnd, BackendError, XenHost};
 use crate::disk::ServedDisk;
 use crate::keys;
-use crate::lock::Lock;
+use crate::lock::{Lock, is_over};
 use crate::machine::Backend;
 use crate::patience::patiently;
 use crate::states::{self, Written};
@@ -34,7 +34,8 @@ const PAUSE_NS: u64 = 1_000_000_000;
 const PAUSE_MAX_NS: u64 = 30_000_000_000;
 
 /// Drives a disk to its end. `open` opens its image, and returns what is wrong with it if that fails; `tell` is
-/// called with each reason why the disk is not served.
+/// called with each reason why the disk is not served. `release` is as [`ServedDisk::release`], for a device that ends
+/// without having been served.
 ///
 /// A new device is refused then: `hotplug-error` has the reason, which xl shows when its script fails. A device that a
 /// guest is connected to is tried again until it works, because the operator expects it to recover by itself: its image
@@ -48,6 +49,7 @@ pub async fn lead<H: XenHost, D: ServedDisk<H>, F: Future<Output = Result<D, Str
     leave: &Rc<wait::Event>,
     open: impl Fn() -> F,
     tell: impl Fn(&str),
+    release: impl AsyncFn(),
 ) -> Result<BackendEnd, BackendError> {
     let mut pause_ns = PAUSE_NS;
     let mut told = String::new();
@@ -84,8 +86,14 @@ pub async fn lead<H: XenHost, D: ServedDisk<H>, F: Future<Output = Result<D, Str
         // A process without the lock writes nothing, whatever the reason.
         let leads = lock.as_ref().is_some_and(|lock| !lock.is_given_up());
         let refusal = (leads && !host.bug(&REFUSAL_UNTOLD)).then(|| format!("failed to {why}"));
-        match stand_by(host, config, refusal.as_deref(), pause_ns, leave).await {
-            Ok(Some(end)) => break Ok(end),
+        match stand_by(host, config, refusal.as_deref(), pause_ns, leave, &release).await {
+            Ok(Some(end)) => {
+                let end = Ok(end);
+                if leads && is_over(&end) {
+                    release().await;
+                }
+                break end;
+            }
             Ok(None) => {}
             // Xenstore cannot be read at the moment, and nothing is urgent.
             Err(error) if passes(&error) && !leave.is_set() => host.sleep_ns(pause_ns).await,
@@ -118,6 +126,7 @@ async fn stand_by<H: XenHost>(
     why: Option<&str>,
     pause_ns: u64,
     leave: &wait::Event,
+    release: &impl AsyncFn(),
 ) -> Result<Option<BackendEnd>, BackendError> {
     let path = &config.backend_path;
     let failed = |error| BackendError::Store { what: "watch", path: path.clone(), error };
@@ -144,6 +153,7 @@ async fn stand_by<H: XenHost>(
             XenbusState::Closing
                 if why.is_some() && offline && (refused || !is_in_use(host, path).await?) =>
             {
+                release().await;
                 states::write(host, path, state, XenbusState::Closed, &[]).await?;
             }
             _ if leave.is_set() => return Ok(Some(BackendEnd::Left)),

@@ -46,7 +46,7 @@ mod states;
 mod supervise;
 
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
-pub use disk::{ServedDisk, Serving, Shown};
+pub use disk::{ServedDisk, Serving, Shown, Unserved};
 pub use keys::is_read_only;
 pub use lead::lead;
 pub use machine::Backend;

@@ -1,7 +1,7 @@
 //! The machine: look, decide by the rules, act, wait.
 
 use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
-use crate::disk::{ServedDisk, Serving, Shown};
+use crate::disk::{ServedDisk, Serving, Shown, Unserved};
 use crate::features::Features;
 use crate::keys;
 use crate::lock::{Lock, is_over};
@@ -39,6 +39,8 @@ tap_host::listed! {
         "a ring that another process serves is taken as broken, and its front end is told to close";
     STORE_LOSS_CLOSES = "store-loss-closes",
         "a back end that has lost xenstore closes its ring, which no successor can take over";
+    AWAY_REFUSED = "away-refused",
+        "a front end that connects while whoever serves its disk is away is refused";
     PACE_IGNORED = "pace-ignored", "a front end that reconnects in a loop is never slowed down";
 }
 
@@ -363,10 +365,10 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
         Ok(())
     }
 
-    async fn ring_from_keys(&self, read_only: bool) -> Result<Result<Serving, String>, BackendError> {
+    async fn ring_from_keys(&self, read_only: bool) -> Result<Result<Serving, Unserved>, BackendError> {
         let keys = match self.features.ring(&self.host, &self.frontend).await? {
             Ok(keys) => keys,
-            Err(why) => return Ok(Err(format!("connect: {why}"))),
+            Err(why) => return Ok(Err(Unserved { words: format!("connect: {why}"), away: false })),
         };
         let config = RingConfig {
             dom: self.config.dom,
@@ -378,7 +380,7 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
             read_only,
             memory: self.config.memory.clone(),
         };
-        Ok(self.bind_ring(config).await.map_err(|e| e.to_string()))
+        Ok(self.bind_ring(config).await.map_err(Unserved::from))
     }
 
     /// Connects; waits a while for a port that is still held, and for a host that is short of memory.
@@ -406,7 +408,7 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
     }
 
     /// What front ends are to be told; read-only also if the toolstack wants it.
-    async fn shown(&self) -> Result<Result<Shown, String>, BackendError> {
+    async fn shown(&self) -> Result<Result<Shown, Unserved>, BackendError> {
         let toolstack_wants = keys::is_read_only(&self.host, &self.config.backend_path).await?;
         Ok(self.disk.shown().await.map(|shown| {
             let disk_is = shown.read_only && !self.host.bug(&READ_ONLY_UNTOLD);
@@ -415,7 +417,7 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
     }
 
     /// A ring for the front end, and what it is to be told of the disk.
-    async fn ring_and_disk(&self) -> Result<Result<(Serving, Shown), String>, BackendError> {
+    async fn ring_and_disk(&self) -> Result<Result<(Serving, Shown), Unserved>, BackendError> {
         let disk = match self.shown().await? {
             Ok(disk) => disk,
             Err(why) => return Ok(Err(why)),
@@ -426,18 +428,16 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
     async fn connect(&mut self) -> Result<(), BackendError> {
         let (ring, disk) = match self.ring_and_disk().await? {
             Ok(found) => found,
-            Err(why) => {
+            Err(Unserved { words: why, away }) => {
                 let seen = self.look().await?;
                 if seen.backend == Some(XenbusState::Connected) && self.state != XenbusState::Connected {
                     // Held by a process that does not use our lock: an older version, or another program.
                     return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
                 }
-                // What was in the way may have changed meanwhile.
-                return if next(self.phase, &seen) == Action::Connect {
-                    self.fail(&why).await
-                } else {
-                    Ok(())
-                };
+                // What was in the way may have changed meanwhile. Who is away was waited for, and is waited for again.
+                let ends =
+                    next(self.phase, &seen) == Action::Connect && (!away || self.host.bug(&AWAY_REFUSED));
+                return if ends { self.fail(&why).await } else { Ok(()) };
             }
         };
         let keys = [
@@ -463,13 +463,13 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
     async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
         let disk = match self.shown().await? {
             Ok(disk) => disk,
-            Err(why) => return Ok(Err(why)),
+            Err(why) => return Ok(Err(why.words)),
         };
         let mismatch = self.mismatch_with_published(&disk).await?;
         if let Some(why) = mismatch.filter(|_| !self.host.bug(&DISK_NOT_COMPARED)) {
             return Ok(Err(why));
         }
-        Ok(self.ring_from_keys(disk.read_only).await?.map(|ring| {
+        Ok(self.ring_from_keys(disk.read_only).await?.map_err(|why| why.words).map(|ring| {
             self.ring = Some(ring);
             self.serve();
         }))

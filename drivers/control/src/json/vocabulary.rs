@@ -65,6 +65,9 @@ pub enum Request {
         ring_ref: u32,
         /// The guest's port.
         port: u32,
+        /// That of the minor number when the guest got its disk.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        allocation: Option<String>,
         /// The disk's size, as the guest knows it.
         size_sectors: u64,
         /// The guest may only read, whatever the disk permits.
@@ -189,6 +192,9 @@ pub enum State {
 pub struct Disk {
     /// The minor number.
     pub minor: u16,
+    /// Another text after the number was freed and allocated again.
+    #[serde(default)]
+    pub allocation: String,
     /// What it does.
     pub state: State,
     /// `TYPE:PATH`, as it was given.

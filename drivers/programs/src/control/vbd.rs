@@ -60,6 +60,7 @@ tap_host::listed! {
 /// A minor number of this process.
 pub(super) struct Vbd<H: ControlledHost> {
     minor: u16,
+    pub(super) allocation: String,
     /// Its requests take turns.
     pub turn: Semaphore,
     open: RefCell<Option<Rc<Open<H>>>>,
@@ -125,10 +126,10 @@ struct Open<H: ControlledHost> {
 }
 
 impl<H: ControlledHost> Vbd<H> {
-    pub(super) fn new(minor: u16, marker: H::File) -> Self {
+    pub(super) fn new(minor: u16, marker: H::File, allocation: String) -> Self {
         let (turn, open, was_open) = (Semaphore::new(1), RefCell::default(), Cell::new(false));
         let (forced, job, marker) = (RefCell::default(), RefCell::default(), RefCell::new(Some(marker)));
-        Self { minor, turn, open, was_open, forced, job, marker }
+        Self { minor, allocation, turn, open, was_open, forced, job, marker }
     }
 
     /// Gives the minor number back; afterwards others can have it.
@@ -484,6 +485,7 @@ impl<H: ControlledHost> Vbd<H> {
         let info = open.map(|open| open.disk.slot().info());
         json::Disk {
             minor: self.minor,
+            allocation: self.allocation.clone(),
             state,
             image: open.map(|open| open.name.borrow().clone()),
             size_sectors: info.map(|info| info.size_sectors),

@@ -5,7 +5,7 @@ use super::settings::Settings;
 use super::vbd::guests::{Wanted, id_of, not_connected};
 use super::vbd::{Closing, Merging, Names, Vbd};
 use super::{ControlArgs, ControlledHost};
-use crate::ctl::{is_named, marker_of};
+use crate::ctl::{allocation_of, is_named, marker_of};
 use crate::{Console, Tuning};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -144,8 +144,8 @@ impl<H: ControlledHost> Vbds<H> {
         let marker = self.mark(minor, &what).await;
         let mut all = self.all.borrow_mut();
         match marker {
-            Ok(marker) => {
-                let vbd = Rc::new(Vbd::new(minor, marker));
+            Ok((marker, allocation)) => {
+                let vbd = Rc::new(Vbd::new(minor, marker, allocation));
                 all.insert(minor, Some(Rc::clone(&vbd)));
                 vbd.tell(&self.settings, json::Happened::Attached);
                 self.had.set(true);
@@ -168,8 +168,8 @@ impl<H: ControlledHost> Vbds<H> {
         }
     }
 
-    /// Locks the file that says that a minor number is in use.
-    async fn mark(&self, minor: u16, what: &str) -> Result<H::File, Refusal> {
+    /// Locks the file that says that a minor number is in use, and returns which allocation of the number that is.
+    async fn mark(&self, minor: u16, what: &str) -> Result<(H::File, String), Refusal> {
         let host = &self.settings.host;
         let path = marker_of(&self.settings.args.folder, minor);
         let refusal =
@@ -190,7 +190,10 @@ impl<H: ControlledHost> Vbds<H> {
         }
         // Freed between the two calls, it may be somebody else's by now.
         match is_named(host, &path, &file).await {
-            Ok(true) => Ok(file),
+            Ok(true) => {
+                let info = file.info().await.map_err(|error| refusal(error, ""))?;
+                Ok((file, allocation_of(info.id)))
+            }
             Ok(false) => Err(refusal(Errno::ENOENT, "; it was freed meanwhile")),
             Err(error) => Err(refusal(error, "")),
         }
@@ -271,7 +274,9 @@ impl<H: ControlledHost> Vbds<H> {
                 let (vbd, _turn) = self.turn(minor, "resume").await?;
                 vbd.resume(settings, &message.body()).await.map(|()| done(kind))
             }
-            Kind::XenblkifConnect => self.connect(minor, &Wanted::of(&message.body())?).map(|_| done(kind)),
+            Kind::XenblkifConnect => {
+                self.connect(minor, &Wanted::of(&message.body())?, None).map(|_| done(kind))
+            }
             // Not in its turn, because it waits for requests of the guest; by the guest, because others do not say the
             // minor number.
             Kind::XenblkifDisconnect => {
@@ -288,8 +293,15 @@ impl<H: ControlledHost> Vbds<H> {
     }
 
     /// At once: whoever asks and does not wait for the answer knows that a later request comes later.
-    fn connect(&self, minor: u16, wanted: &Wanted) -> Result<json::Guest, Refusal> {
+    fn connect(&self, minor: u16, wanted: &Wanted, allocation: Option<&str>) -> Result<json::Guest, Refusal> {
         let vbd = self.get(minor, "connect a guest to")?;
+        if allocation.is_some_and(|known| known != vbd.allocation) {
+            let words = format!(
+                "connect a guest to minor {minor}: the number was freed since the guest got its disk, and is another \
+                 disk's"
+            );
+            return Err(Refusal::new(Errno::EMEDIUMTYPE, words));
+        }
         if self.ending.get() || vbd.closes_late() {
             let words = format!("connect a guest to minor {minor}: it is being closed");
             return Err(Refusal::new(Errno::ESHUTDOWN, words));
@@ -330,11 +342,20 @@ impl<H: ControlledHost> Vbds<H> {
                 let (vbd, _turn) = self.turn(minor, "set the priority of").await?;
                 vbd.set(&self.settings, ionice.as_deref()).await.map(json::Reply::Set)
             }
-            json::Request::Connect { minor, domid, devid, ring_ref, port, size_sectors, read_only } => {
+            json::Request::Connect {
+                minor,
+                domid,
+                devid,
+                ring_ref,
+                port,
+                allocation,
+                size_sectors,
+                read_only,
+            } => {
                 let id = (DomId(domid), VbdId(devid));
                 let (ring_ref, port) = (GrantRef(ring_ref), Port(port));
                 let wanted = Wanted { id, ring_ref, port, size_sectors: Some(size_sectors), read_only };
-                self.connect(minor, &wanted).map(json::Reply::Guest)
+                self.connect(minor, &wanted, allocation.as_deref()).map(json::Reply::Guest)
             }
             json::Request::Stats { minor } => {
                 let disks = match minor {

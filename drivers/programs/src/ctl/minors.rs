@@ -6,7 +6,7 @@
 
 use super::{Ctl, CtlHost, Failure, Launch};
 use serde_json::json;
-use tap_host::{Errno, File, Files, IoBuf, IoVec, LockKind, OpenMode};
+use tap_host::{Errno, File, FileId, Files, IoBuf, IoVec, LockKind, OpenMode};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -30,6 +30,13 @@ const TAPDEV: &str = "tapdev";
 /// The file for a minor number in the folder of control sockets.
 pub fn marker_of(folder: &str, minor: u16) -> String {
     format!("{}/tapdisk-{minor}", markers_of(folder))
+}
+
+/// Names one allocation of a minor number, by its file: after the number was freed and allocated again it is another
+/// text.
+pub(crate) fn allocation_of(file: FileId) -> String {
+    let FileId { device, inode, generation } = file;
+    format!("{device:x}-{inode:x}-{generation:x}")
 }
 
 fn markers_of(folder: &str) -> String {

@@ -23,8 +23,8 @@ mod snapshot;
 mod top;
 
 pub(crate) use list::pids_in;
-pub(crate) use minors::is_named;
 pub use minors::marker_of;
+pub(crate) use minors::{allocation_of, is_named};
 pub use tap_control::{owner_of, pid_of};
 
 use crate::Console;

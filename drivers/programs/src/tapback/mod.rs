@@ -14,7 +14,7 @@
 //! * No data passes through it. When it stops, or dies, guests go on; the next one takes the devices over.
 //! * When a tapdisk dies, or its disk is closed by force, the guest waits. Once a tapdisk has the minor number's disk
 //!   open again, it is given the ring, and carries out what was not answered. `physical-device-path` and `kthread-pid`
-//!   then name that one.
+//!   then name that one. A disk that has got the number after it was freed is another one.
 //! * A device is closed only when its ring is not served any more.
 //! * At its begin it takes away the rings of guests whose devices are gone.
 
@@ -34,8 +34,8 @@ use tap_control::FOLDER;
 use tap_core::wait;
 use tap_host::{Budget, DomId, VbdId};
 use tap_xenbus::{
-    BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, RingLimits, is_device, lead,
-    supervise,
+    BackendConfig, BackendEnd, BackendError, Device, DeviceFilter, Hotplug, RingLimits, ServedDisk as _,
+    is_device, lead, supervise,
 };
 use tapdisks::{Place, Tapdisks};
 
@@ -158,15 +158,17 @@ impl<H: BackHost> Shared<H> {
             ..BackendConfig::new(path.clone(), dom, vbd)
         };
         let name = vdev::of_guest(dom, vbd);
-        let open = async || {
+        let disk = || {
             let (tapdisks, console) = (Rc::clone(&self.tapdisks), Rc::clone(&self.console));
-            Ok(Remote::new(tapdisks, console, path.clone(), dom, vbd))
+            Remote::new(tapdisks, console, path.clone(), dom, vbd)
         };
+        let open = async || Ok(disk());
+        let release = async || disk().release().await;
         let tell = |why: &str| {
             self.host.mark(&GIVEN_REFUSED);
             self.console.err(&format!("tapback: {name}: failed to {why}"));
         };
-        let end = lead(&self.host, &config, &self.leave, open, tell).await;
+        let end = lead(&self.host, &config, &self.leave, open, tell, release).await;
         self.report_end(&name, end);
     }
 

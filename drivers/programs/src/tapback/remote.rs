@@ -10,24 +10,27 @@
 use super::BackHost;
 use super::tapdisks::{Given, Place, Seen, Tapdisks};
 use crate::{Console, vdev};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::rc::Rc;
 use tap_control::client::CallError;
 use tap_control::json::{Guest, News, Standing};
 use tap_core::wait::joined;
 use tap_host::{DomId, Either, Errno, Patience, Transaction, VbdId, select};
 use tap_ring::{ConnectError, RingCloser, RingConfig, RingEnd};
-use tap_xenbus::{ServedDisk, Serving, Shown, patiently};
+use tap_xenbus::{ServedDisk, Serving, Shown, Unserved, patiently};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
     RING_NOT_FOLLOWED = "ring-not-followed", "a guest whose tapdisk died is not given to the one that has its disk since";
+    NUMBER_FOLLOWED = "number-followed", "a guest whose disk is gone gets another one that has its minor number since";
     CLOSED_UNRELEASED = "closed-unreleased", "a device counts as closed while a tapdisk serves its ring";
 }
 
 tap_host::listed! {
     pub(super) MARKS: Mark;
     RING_FOLLOWED = "ring-followed", "a guest whose tapdisk was gone was given to the one that has its disk";
+    FRONT_WAITS = "front-waits", "a front end waits because no tapdisk has its disk open";
+    NUMBER_REUSED = "number-reused", "tapback did not take another disk for a guest's because it has its minor number";
     RING_LOST = "ring-lost", "tapback heard that a ring is not served any more";
 }
 
@@ -41,6 +44,8 @@ const GIVE_PATIENCE_NS: u64 = 2_000_000_000;
 
 /// The name of the disk in xenstore: the socket where its tapdisk offers it over NBD.
 const PATH_KEY: &str = "physical-device-path";
+/// That name, a space, and which allocation of the minor number the disk has.
+const ALLOCATION_KEY: &str = "minor-allocation";
 /// Whose time the guest's I/O takes.
 const PID_KEY: &str = "kthread-pid";
 
@@ -52,6 +57,17 @@ enum Lost {
     Failed,
 }
 
+/// Whether another attempt to find a disk, or to have a ring served, may succeed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hope {
+    /// Something has to change.
+    None,
+    /// What is in the way should be gone soon.
+    Soon,
+    /// Whoever has the disk is away, which may take any time.
+    Away,
+}
+
 /// The disk of one device.
 pub(super) struct Remote<H: BackHost>(Rc<Inner<H>>);
 
@@ -61,8 +77,10 @@ struct Inner<H: BackHost> {
     backend: String,
     dom: DomId,
     vbd: VbdId,
+    /// What stands in the way, as it was said last.
+    said: RefCell<String>,
     /// Where it was found, and what it was.
-    found: Cell<Option<(Place, Seen)>>,
+    found: RefCell<Option<(Place, Seen)>>,
 }
 
 impl<H: BackHost> Remote<H> {
@@ -73,29 +91,35 @@ impl<H: BackHost> Remote<H> {
         dom: DomId,
         vbd: VbdId,
     ) -> Self {
-        Self(Rc::new(Inner { tapdisks, console, backend, dom, vbd, found: Cell::new(None) }))
+        Self(Rc::new(Inner {
+            tapdisks,
+            console,
+            backend,
+            dom,
+            vbd,
+            said: RefCell::default(),
+            found: RefCell::default(),
+        }))
     }
 }
 
 impl<H: BackHost> ServedDisk<H> for Remote<H> {
-    async fn shown(&self) -> Result<Shown, String> {
+    async fn shown(&self) -> Result<Shown, Unserved> {
         let host = &self.0.tapdisks.host;
         let until_ns = host.now_ns().saturating_add(FIND_PATIENCE_NS);
         let mut patience = Patience::until();
-        let seen = loop {
+        loop {
             match self.0.find().await {
-                Err(why) if !patience.again_before(host, until_ns).await => return Err(why),
-                Err(_) => {}
-                Ok((_, seen)) => break seen,
+                Ok((_, seen)) => return Ok(Shown::sized(seen.size_sectors, seen.read_only)),
+                Err((_, Hope::Away)) if patience.again_before(host, until_ns).await => {}
+                Err((words, hope)) => return Err(self.0.unserved(words, hope)),
             }
-        };
-        Ok(Shown::sized(seen.size_sectors, seen.read_only))
+        }
     }
 
     async fn connect(&self, host: &H, ring: RingConfig) -> Result<Serving, ConnectError> {
-        let told = |words: String| ConnectError::Told { words };
-        let Some((_, seen)) = self.0.found.get() else {
-            return Err(told("find the disk in a tapdisk".to_owned()));
+        let Some((_, seen)) = self.0.found.borrow().clone() else {
+            return Err(ConnectError::Told { words: "find the disk in a tapdisk".to_owned(), away: true });
         };
         // What the guest is told, or was.
         let (key, read_only) = ((ring.ring_ref, ring.port), ring.read_only);
@@ -104,8 +128,11 @@ impl<H: BackHost> ServedDisk<H> for Remote<H> {
         let mut patience = Patience::until();
         let place = loop {
             match self.0.give_again(given).await {
-                Err((_, true)) if patience.again_before(host, until_ns).await => {}
-                Err((why, _)) => return Err(told(why)),
+                Err((_, Hope::Soon | Hope::Away)) if patience.again_before(host, until_ns).await => {}
+                Err((words, hope)) => {
+                    let Unserved { words, away } = self.0.unserved(words, hope);
+                    return Err(ConnectError::Told { words, away });
+                }
                 Ok(place) => break place,
             }
         };
@@ -121,18 +148,23 @@ impl<H: BackHost> ServedDisk<H> for Remote<H> {
             return;
         }
         let Inner { tapdisks, dom, vbd, .. } = &*self.0;
-        let holders = match self.0.found.get() {
-            // Usually there is none, and a request that is refused is mentioned in a log.
-            Some((place, _)) if tapdisks.at(place.pid).serves(*dom, *vbd).await => vec![place],
-            Some(_) => Vec::new(),
-            // That of a predecessor may be anywhere, whatever xenstore names now.
-            None => {
-                let guests = tapdisks.guests().await.unwrap_or_default();
-                guests.into_iter().filter(|(_, id)| *id == (*dom, *vbd)).map(|(place, _)| place).collect()
-            }
-        };
+        // Usually there is none, and a request that is refused is mentioned in a log.
+        let serves = async |place: &Place| tapdisks.at(place.pid).serves(*dom, *vbd).await;
+        let mut holders = Vec::new();
+        if let Some(place) = self.0.place() {
+            holders.push(place);
+        } else {
+            // That of a predecessor may be anywhere. A tapdisk that does not answer is in no list; if xenstore names
+            // it, it may have the ring.
+            let guests = tapdisks.guests().await.unwrap_or_default();
+            holders.extend(guests.into_iter().filter(|(_, id)| *id == (*dom, *vbd)).map(|(place, _)| place));
+            holders.extend(self.0.named().await);
+            holders.dedup();
+        }
         for place in holders {
-            self.0.take_back(place).await;
+            if serves(&place).await {
+                self.0.take_back(place).await;
+            }
         }
     }
 
@@ -149,40 +181,99 @@ impl<H: BackHost> Inner<H> {
         vdev::of_guest(self.dom, self.vbd)
     }
 
+    /// Says why a front end waits; one that is refused is told itself.
+    fn unserved(&self, words: String, hope: Hope) -> Unserved {
+        let away = hope == Hope::Away;
+        if away {
+            self.tapdisks.host.mark(&FRONT_WAITS);
+            self.say_again(&words);
+        }
+        Unserved { words, away }
+    }
+
+    fn say_again(&self, why: &str) {
+        if *self.said.borrow() != why {
+            self.console.err(&format!("tapback: {}: failed to {why}; it is tried again", self.name()));
+            why.clone_into(&mut self.said.borrow_mut());
+        }
+    }
+
     /// Looks for the disk that xenstore names, and remembers it.
-    async fn find(&self) -> Result<(Place, Seen), String> {
+    async fn find(&self) -> Result<(Place, Seen), (String, Hope)> {
         let (host, path) = (&self.tapdisks.host, format!("{}/{PATH_KEY}", self.backend));
         let named = match patiently(host, async || host.read(&path).await).await {
             Ok(value) => String::from_utf8_lossy(&value).into_owned(),
             Err(Errno::ENOENT) => {
-                return Err(format!(
-                    "find {path} in xenstore; the script writes it once tap-ctl has opened the disk"
-                ));
+                let why =
+                    format!("find {path} in xenstore; the script writes it once tap-ctl has opened the disk");
+                return Err((why, Hope::None));
             }
-            Err(error) => return Err(format!("read {path} in xenstore: {error}")),
+            Err(error) => return Err((format!("read {path} in xenstore: {error}"), Hope::Away)),
         };
-        let known = Place::of(&named, self.tapdisks.folder()).ok_or_else(|| {
-            format!("read {path} in xenstore: {named:?} is not {}/nbd<pid>.<minor>", self.tapdisks.folder())
+        let folder = self.tapdisks.folder();
+        let known = Place::of(&named, folder).ok_or_else(|| {
+            let why = format!("read {path} in xenstore: {named:?} is not {folder}/nbd<pid>.<minor>");
+            (why, Hope::None)
         })?;
-        let found = self.tapdisks.find(known).await?;
-        if found.0 != known {
-            self.rename(&named, found.0).await?;
+        let away = |why| (why, Hope::Away);
+        let (place, seen) = self.tapdisks.find(known).await.map_err(away)?;
+        let known_by = self.allocation_of(&named).await.map_err(away)?;
+        let allocation = &seen.allocation;
+        let is_ours = known_by.as_ref().is_none_or(|known| known == allocation);
+        if !is_ours && !host.bug(&NUMBER_FOLLOWED) {
+            host.mark(&NUMBER_REUSED);
+            return Err(away(format!(
+                "take minor {} of tapdisk {} for its disk: the number was freed, and is another disk's; open the right \
+                 one, and write where it is to {path}",
+                place.minor, place.pid
+            )));
         }
-        self.found.set(Some(found));
-        Ok(found)
+        if place != known || known_by.is_none() {
+            self.rename(&named, place, allocation).await.map_err(away)?;
+        }
+        *self.found.borrow_mut() = Some((place, seen.clone()));
+        Ok((place, seen))
+    }
+
+    /// The place that xenstore names, if it can be read.
+    async fn named(&self) -> Option<Place> {
+        let (host, path) = (&self.tapdisks.host, format!("{}/{PATH_KEY}", self.backend));
+        let named = patiently(host, async || host.read(&path).await).await.ok()?;
+        Place::of(&String::from_utf8_lossy(&named), self.tapdisks.folder())
+    }
+
+    /// The place where it was found last.
+    fn place(&self) -> Option<Place> {
+        self.found.borrow().as_ref().map(|(place, _)| *place)
+    }
+
+    /// Which allocation of its minor number the disk at `path` had; `None` if it was not looked for before.
+    async fn allocation_of(&self, path: &str) -> Result<Option<String>, String> {
+        let (host, key) = (&self.tapdisks.host, format!("{}/{ALLOCATION_KEY}", self.backend));
+        match patiently(host, async || host.read(&key).await).await {
+            Ok(value) => {
+                let value = String::from_utf8_lossy(&value);
+                let (of, allocation) = value.rsplit_once(' ').unwrap_or_default();
+                Ok((of == path).then(|| allocation.to_owned()))
+            }
+            Err(Errno::ENOENT) => Ok(None),
+            Err(error) => Err(format!("read {key} in xenstore: {error}")),
+        }
     }
 
     /// Writes where the disk is, and whose time its I/O takes, unless somebody else has named another since.
-    async fn rename(&self, old: &str, place: Place) -> Result<(), String> {
+    async fn rename(&self, old: &str, place: Place, allocation: &str) -> Result<(), String> {
         let host = &self.tapdisks.host;
+        let at = |key: &str| format!("{}/{key}", self.backend);
+        let new = self.tapdisks.path_of(place);
         let write = async || {
             let tx = host.transaction().await?;
-            let path = format!("{}/{PATH_KEY}", self.backend);
-            if tx.read(&path).await? != old.as_bytes() {
+            if tx.read(&at(PATH_KEY)).await? != old.as_bytes() {
                 return Ok(());
             }
-            tx.write(&path, self.tapdisks.path_of(place).as_bytes()).await?;
-            tx.write(&format!("{}/{PID_KEY}", self.backend), place.pid.to_string().as_bytes()).await?;
+            tx.write(&at(PATH_KEY), new.as_bytes()).await?;
+            tx.write(&at(ALLOCATION_KEY), format!("{new} {allocation}").as_bytes()).await?;
+            tx.write(&at(PID_KEY), place.pid.to_string().as_bytes()).await?;
             tx.commit().await
         };
         loop {
@@ -239,7 +330,7 @@ impl<H: BackHost> Inner<H> {
             match self.again(given, given_ns, &order).await {
                 Either::First(RingEnd::Closed) => {
                     // What an attempt without an answer may have given.
-                    self.take_back(self.found.get().map_or(place, |(place, _)| place)).await;
+                    self.take_back(self.place().unwrap_or(place)).await;
                     return RingEnd::Closed;
                 }
                 Either::First(end) => return end,
@@ -252,12 +343,15 @@ impl<H: BackHost> Inner<H> {
 
     /// Looks for the disk, and gives the ring to the tapdisk that has it. With the error comes whether another attempt
     /// may succeed.
-    async fn give_again(&self, given: Given) -> Result<Place, (String, bool)> {
-        let (place, _) = self.find().await.map_err(|why| (why, true))?;
-        let answer = self.tapdisks.at(place.pid).connect(place.minor, (self.dom, self.vbd), given).await;
-        answer.map_err(|why| (why.to_string(), may_pass(&why)))?;
+    async fn give_again(&self, given: Given) -> Result<Place, (String, Hope)> {
+        let (place, seen) = self.find().await?;
+        let (number, id) = ((place.minor, seen.allocation.as_str()), (self.dom, self.vbd));
+        let answer = self.tapdisks.at(place.pid).connect(number, id, given).await;
+        answer.map_err(|why| (why.to_string(), hope_after(&why)))?;
         // With the process number.
-        self.rename(&self.tapdisks.path_of(place), place).await.map_err(|why| (why, true))?;
+        let path = self.tapdisks.path_of(place);
+        self.rename(&path, place, &seen.allocation).await.map_err(|why| (why, Hope::Away))?;
+        self.said.borrow_mut().clear();
         Ok(place)
     }
 
@@ -266,7 +360,6 @@ impl<H: BackHost> Inner<H> {
     /// `given_ns`, is not given at once.
     async fn again(&self, given: Given, given_ns: u64, order: &RingCloser) -> Either<RingEnd, Place> {
         let host = &self.tapdisks.host;
-        let mut said = String::new();
         let soonest = host.sleep_ns(given_ns.saturating_add(LOOK_PAUSE_NS).saturating_sub(host.now_ns()));
         if let Either::First(end) = select(order.told(), soonest).await {
             return Either::First(end);
@@ -277,12 +370,7 @@ impl<H: BackHost> Inner<H> {
             }
             match self.give_again(given).await {
                 Ok(place) => return Either::Second(place),
-                Err((why, _)) if why != said => {
-                    self.console
-                        .err(&format!("tapback: {}: failed to {why}; it is tried again", self.name()));
-                    said = why;
-                }
-                Err(_) => {}
+                Err((why, _)) => self.say_again(&why),
             }
             if let Either::First(end) = select(order.told(), host.sleep_ns(LOOK_PAUSE_NS)).await {
                 return Either::First(end);
@@ -349,18 +437,19 @@ fn is_not_there(why: &CallError) -> bool {
     )
 }
 
-/// Whether what a tapdisk did not do may be possible soon: it died, its host lacks something, or a predecessor has the
-/// port.
-fn may_pass(why: &CallError) -> bool {
+/// Whether what a tapdisk did not do may be possible later: it died, or has closed or changed the disk; its host lacks
+/// something; or a predecessor has the port.
+fn hope_after(why: &CallError) -> Hope {
     match why {
-        CallError::Refused { error, .. } => matches!(
-            *error,
-            Errno::EINVAL | Errno::ENOMEM | Errno::ENOSPC | Errno::EAGAIN | Errno::ENODEV | Errno::ESHUTDOWN
-        ),
-        CallError::Strange { .. } | CallError::Garbled { .. } => false,
+        CallError::Refused { error, .. } => match *error {
+            Errno::EINVAL | Errno::ENOMEM | Errno::ENOSPC | Errno::EAGAIN => Hope::Soon,
+            Errno::ENODEV | Errno::ESHUTDOWN | Errno::EMEDIUMTYPE => Hope::Away,
+            _ => Hope::None,
+        },
+        CallError::Strange { .. } | CallError::Garbled { .. } => Hope::None,
         CallError::Connect { .. }
         | CallError::Broken { .. }
         | CallError::Ended { .. }
-        | CallError::Late { .. } => true,
+        | CallError::Late { .. } => Hope::Away,
     }
 }

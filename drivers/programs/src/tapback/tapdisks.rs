@@ -47,8 +47,10 @@ impl Place {
 }
 
 /// A disk as a tapdisk has it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Seen {
+    /// Which allocation of its minor number it has.
+    pub(super) allocation: String,
     pub(super) size_sectors: u64,
     pub(super) read_only: bool,
 }
@@ -138,7 +140,8 @@ impl<H: ControlledHost> Asked<H> {
     async fn disk(&self, minor: u16) -> Option<Seen> {
         let disks = self.disks().await.ok()?;
         let disk = disks.into_iter().find(|disk| disk.minor == minor)?;
-        Some(Seen { size_sectors: disk.size_sectors?, read_only: disk.read_only? })
+        let (size_sectors, read_only) = (disk.size_sectors?, disk.read_only?);
+        Some(Seen { allocation: disk.allocation, size_sectors, read_only })
     }
 
     /// The guests of this disk; none if it is not there.
@@ -147,10 +150,10 @@ impl<H: ControlledHost> Asked<H> {
         Ok(disk.map_or_else(Vec::new, |disk| disk.guests))
     }
 
-    /// Has it serve a ring.
+    /// Has it serve a ring, if the minor number has this allocation.
     pub(super) async fn connect(
         &self,
-        minor: u16,
+        (minor, allocation): (u16, &str),
         (dom, vbd): (DomId, VbdId),
         given: Given,
     ) -> Result<(), CallError> {
@@ -161,6 +164,7 @@ impl<H: ControlledHost> Asked<H> {
             devid: vbd.0,
             ring_ref: ring_ref.0,
             port: port.0,
+            allocation: Some(allocation.to_owned()),
             size_sectors,
             read_only,
         };

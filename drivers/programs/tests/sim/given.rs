@@ -1,7 +1,8 @@
 //! Rings of guests in `tapdisk control`, connected by the messages of tapdisk3.
 
 use crate::control::{Admin, messages};
-use crate::world;
+use crate::{json, world};
+use serde_json::{Value, json};
 use std::rc::Rc;
 use tap_abi::blkif::{BlkifOp, BlkifRequest, Segment};
 use tap_abi::tapctl::{Blkif, Kind, MESSAGE_BYTES, Message, Outcome};
@@ -19,6 +20,11 @@ async fn ask(admin: &Rc<Admin>, pid: u32, kind: Kind, blkif: &Blkif) -> (Kind, i
     let answer = Message::read_from_bytes(&answer).unwrap();
     let kind = answer.kind().unwrap();
     (kind, if kind == Kind::Error { answer.body::<Outcome>().error.get() } else { 0 })
+}
+
+/// What the JSON socket answers.
+async fn said(admin: &Rc<Admin>, pid: u32, request: &Value) -> Value {
+    json::ask(admin, pid, format!("{request}\n").as_bytes(), 100).await
 }
 
 fn blkif(dom: DomId, ring: &GuestRing) -> Blkif {
@@ -79,5 +85,51 @@ fn a_guest_is_connected_by_the_messages_of_tapdisk3() {
         let gone = ask(&admin, pid, Kind::XenblkifDisconnect, &own).await;
         assert_eq!((gone, xen.mapped_from(dom)), ((Kind::XenblkifDisconnectRsp, 0), 0));
         admin.done(&format!("destroy -p {pid} -m 0")).await;
+    });
+}
+
+#[test]
+fn a_number_that_was_freed_is_another_disks() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; 1 << 20]);
+        kernel.storage().put_bytes("/b", &[2; 1 << 20]);
+        let admin = Admin::new(&sim, &kernel, &xen);
+        let allocation = async |pid: u32| {
+            let list = said(&admin, pid, &json!({ "verb": "list" })).await;
+            list["ok"]["disks"][0]["allocation"].as_str().unwrap().to_owned()
+        };
+        let pid = admin.create("raw:/a").await;
+        let first = allocation(pid).await;
+        // With its last number the process would end.
+        for line in [
+            "allocate",
+            "attach -p PID -m 1",
+            "close -p PID -m 0",
+            "detach -p PID -m 0",
+            "free -m 0",
+            "allocate",
+        ] {
+            admin.done(&line.replace("PID", &pid.to_string())).await;
+        }
+        admin.done(&format!("attach -p {pid} -m 0")).await;
+        admin.done(&format!("open -p {pid} -m 0 -a raw:/b -D")).await;
+        let second = allocation(pid).await;
+        assert_ne!(first, second);
+        let dom = xen.create_domain();
+        let port = xen.attach(dom, &sim.node("guest", 1));
+        let ring = GuestRing::new(&port, DomId(0)).unwrap();
+        let connect = |allocation: &str| {
+            json!({
+                "verb": "connect", "minor": 0, "domid": dom.0, "devid": XVDA, "ring_ref": ring.ring_ref().0,
+                "port": ring.event_port().0, "size_sectors": 2048, "allocation": allocation,
+            })
+        };
+        let refused = said(&admin, pid, &connect(&first)).await;
+        let words = refused["error"]["words"].as_str().unwrap_or_default();
+        assert!(words.contains("is another disk's"), "{refused}");
+        assert_eq!(xen.mapped_from(dom), 0);
+        let connected = said(&admin, pid, &connect(&second)).await;
+        assert_eq!(connected["ok"]["domid"], json!(dom.0));
+        assert_eq!(read_one(&ring, &port).await, 0);
     });
 }

@@ -14,6 +14,7 @@ mod keeper;
 
 use super::Part;
 use super::admin::{Admin, check_let_go, image};
+use super::minor_in;
 use crate::catalog::away;
 use crate::catalog::ring::{NO_ERRORS, error_policy, in_guest, kills, not_stuck, operations_of};
 use crate::catalog::setup::{Setup, check_pages, cut_after_close_beside};
@@ -24,11 +25,11 @@ use crate::guest::{Guest, Hostile, RingDisk};
 use crate::machine::{Attached, Machine, Script, XVDB};
 use crate::scenario::Scenario;
 use crate::world::World;
-use keeper::Keeper;
+use keeper::{Keeper, place_of};
 use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::{Receiver, joined};
-use tap_host::{Errno, select};
+use tap_host::{Errno, Xenstore, select};
 use xen_model::VbdPaths;
 
 /// Guests that get their disks from tapback.
@@ -47,10 +48,12 @@ pub static GIVEN_ACT: Label = Label::packed(
 );
 
 /// Kinds of acts, without "none".
-const ACTS: u64 = 9;
+const ACTS: u64 = 10;
 const DISK_BYTES: u64 = 512 << 10;
 /// A raw image of another size.
 const OTHER: &str = "/images/other.img";
+/// A raw image of the same size.
+const TWIN: &str = "/images/twin.img";
 /// Longer than tapback looks for a disk, and than a drive takes.
 const SETTLED_NS: u64 = 40_000_000_000;
 
@@ -81,10 +84,7 @@ impl Acts<'_> {
     }
 
     async fn ctl(&self, verb: &str) -> Option<u8> {
-        let (opened, tapdisk) = (self.keeper.opened(self.disk)?, self.keeper.alive()?);
-        let at = format!("-p {} -m {}", tapdisk.pid(), opened.minor.get()?);
-        let status = self.keeper.admin.ctl(&format!("{verb} {at}")).await.status;
-        tapdisk.is_alive().then_some(status)
+        self.keeper.ctl(self.disk, verb).await
     }
 
     async fn act(&self, act: u64, hold_ns: u64) -> Option<()> {
@@ -99,14 +99,14 @@ impl Acts<'_> {
                 }
             }
             2 => self.refuse_close().await?,
-            3 => self.force_closed(hold_ns).await?,
+            3 => self.keeper.force_closed(self.disk, hold_ns).await?,
             4 => self.stop_tapdisk().await,
             5 => self.replace_tapback(hold_ns).await,
             6 => {
                 let paused = self.ctl("pause").await? == 0;
                 if paused {
                     self.refuse_close().await?;
-                    self.force_closed(hold_ns).await?;
+                    self.keeper.force_closed(self.disk, hold_ns).await?;
                 }
             }
             7 => {
@@ -120,10 +120,11 @@ impl Acts<'_> {
                 if let Some(host) = self.machine.tapdisk() {
                     host.process.ask_to_stop();
                 }
-                let _done_or_dead = self.force_closed(hold_ns).await;
+                let _done_or_dead = self.keeper.force_closed(self.disk, hold_ns).await;
                 self.replace_tapback(0).await;
             }
-            _ => self.other_image(hold_ns).await?,
+            9 => self.other_image(hold_ns).await?,
+            _ => self.other_disk(hold_ns).await?,
         }
         Some(())
     }
@@ -156,20 +157,6 @@ impl Acts<'_> {
         Some(())
     }
 
-    /// Takes the disk from its guest, which waits, and opens it again.
-    async fn force_closed(&self, hold_ns: u64) -> Option<()> {
-        let opened = self.keeper.opened(self.disk)?;
-        let turn = self.keeper.turn.acquire().await;
-        self.keeper.away.set(true);
-        self.keeper.repeated();
-        self.ctl("close -f").await?;
-        opened.at.set(None);
-        self.world.sim.sleep_ns(hold_ns).await;
-        drop(turn);
-        self.keeper.ensure().await;
-        Some(())
-    }
-
     /// Takes the disk from its guest, opens an image of another size by mistake, or the right one for reading only, and
     /// then the right one.
     async fn other_image(&self, hold_ns: u64) -> Option<()> {
@@ -193,6 +180,60 @@ impl Acts<'_> {
         }
         drop(turn);
         self.keeper.ensure().await;
+        Some(())
+    }
+
+    /// Takes the disk from its guest, and frees its minor number, which another disk of the same size gets. The guest's
+    /// own is opened with another number, and named in xenstore.
+    async fn other_disk(&self, hold_ns: u64) -> Option<()> {
+        let (keeper, opened) = (self.keeper, self.keeper.opened(self.disk)?);
+        let turn = keeper.turn.acquire().await;
+        // Before tapback has looked at a disk it cannot know that another one has its number since.
+        let named = self.key("physical-device-path").await?;
+        let known = self.key("minor-allocation").await?;
+        if known.rsplit_once(' ')?.0 != named {
+            return None;
+        }
+        keeper.away.set(true);
+        keeper.repeated();
+        // The turn ends whatever became of it: another tapdisk may have to open the disks.
+        let number = match self.ctl("close -f").await {
+            Some(0) => opened.minor.take(),
+            _ => return None,
+        };
+        opened.at.set(None);
+        let _done_or_dead = self.give_number_away(number?, hold_ns).await;
+        drop(turn);
+        keeper.ensure().await;
+        let (Some(tapdisk), Some(minor)) = (keeper.alive(), opened.minor.get()) else { return None };
+        let path = format!("{}/physical-device-path", self.disk.paths.backend);
+        let named = self.machine.toolstack.port.write(&path, place_of(tapdisk.pid(), minor).as_bytes()).await;
+        named.inspect_err(|error| self.world.fail(Invariant::U1, format!("write {path}: {error:?}"))).ok()
+    }
+
+    /// What xenstore has of the disk.
+    async fn key(&self, key: &str) -> Option<String> {
+        let found = self.machine.toolstack.port.read(&format!("{}/{key}", self.disk.paths.backend)).await;
+        String::from_utf8(found.ok()?).ok()
+    }
+
+    /// Has another disk with this minor number for a while.
+    async fn give_number_away(&self, number: u16, hold_ns: u64) -> Option<()> {
+        let (admin, tapdisk) = (&self.keeper.admin, self.keeper.alive()?);
+        // With its last number the tapdisk would end.
+        let allocated = admin.expect(&tapdisk, "allocate", 0).await?;
+        let spare = format!("-p {} -m {}", tapdisk.pid(), minor_in(&allocated.out)?);
+        admin.persist(&tapdisk, &format!("attach {spare}")).await?;
+        let at = format!("-p {} -m {number}", tapdisk.pid());
+        admin.expect(&tapdisk, &format!("detach {at}"), 0).await?;
+        admin.expect(&tapdisk, &format!("free -m {number}"), 0).await?;
+        let again = admin.expect(&tapdisk, "allocate", 0).await?;
+        if minor_in(&again.out)? == number {
+            admin.persist(&tapdisk, &format!("attach {at}")).await?;
+            admin.persist(&tapdisk, &format!("open {at} -a raw:{TWIN} -D")).await?;
+            self.world.sim.sleep_ns(1_000_000_000 + hold_ns).await;
+            admin.expect(&tapdisk, &format!("close {at}"), 0).await?;
+        }
         Some(())
     }
 
@@ -227,6 +268,7 @@ async fn given(world: World) {
     keeper.lives.replace(machine.starts());
     machine.start_tapdisk();
     let setup = Setup::new(&world, kind, 0, DISK_BYTES);
+    world.storage.put(TWIN, formats::content_of(&vec![0; DISK_BYTES as usize]));
     world.storage.put(OTHER, formats::content_of(&vec![0; DISK_BYTES as usize / 2]));
     let disk = machine.new_guest(setup.clone(), 0);
     world.sim.spawn("keeper", 0, Rc::clone(&keeper).keep());
@@ -348,6 +390,13 @@ async fn end(
             spare(keeper, machine);
             let away_ns = world.setting("away-ns", &[0, 1_000_000_000]);
             machine.stop_tapdisk().await;
+            // It connects to a disk that is not open, and waits.
+            let absent_ns = world.setting("absent-ns", &[0, 30_000_000_000]);
+            if absent_ns > 0 {
+                let (keeper, disk) = (Rc::clone(keeper), disk.clone());
+                let closed = async move { keeper.force_closed(&disk, absent_ns).await.unwrap_or_default() };
+                world.sim.spawn("absence", 0, closed);
+            }
             away::another_kernel(world, machine, disk, guest, away_ns).await;
         }
         _ => {

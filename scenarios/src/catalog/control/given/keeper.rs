@@ -50,6 +50,11 @@ pub(super) struct Keeper {
     pub(super) begun: Flag,
 }
 
+/// How xenstore names a disk.
+pub(super) fn place_of(pid: u32, minor: u16) -> String {
+    format!("{FOLDER}/nbd{pid}.{minor}")
+}
+
 impl Keeper {
     pub(super) fn new(world: &World, admin: Rc<Admin>) -> Rc<Self> {
         Rc::new(Self {
@@ -176,6 +181,28 @@ impl Keeper {
         self.disks.borrow().iter().for_each(|disk| disk.setup.history.borrow_mut().server_died());
     }
 
+    /// Asks the tapdisk that has the disk for something; `None` if it died meanwhile.
+    pub(super) async fn ctl(&self, disk: &Attached, verb: &str) -> Option<u8> {
+        let (opened, tapdisk) = (self.opened(disk)?, self.alive()?);
+        let at = format!("-p {} -m {}", tapdisk.pid(), opened.minor.get()?);
+        let status = self.admin.ctl(&format!("{verb} {at}")).await.status;
+        tapdisk.is_alive().then_some(status)
+    }
+
+    /// Takes the disk from its guest, which waits, and opens it again.
+    pub(super) async fn force_closed(&self, disk: &Attached, hold_ns: u64) -> Option<()> {
+        let opened = self.opened(disk)?;
+        let turn = self.turn.acquire().await;
+        self.away.set(true);
+        self.repeated();
+        self.ctl(disk, "close -f").await?;
+        opened.at.set(None);
+        self.world.sim.sleep_ns(hold_ns).await;
+        drop(turn);
+        self.ensure().await;
+        Some(())
+    }
+
     pub(super) fn opened(&self, disk: &Attached) -> Option<Rc<Opened>> {
         self.disks.borrow().iter().find(|opened| opened.paths == disk.paths).cloned()
     }
@@ -185,7 +212,7 @@ impl Keeper {
         let (Some(opened), Some(tapdisk)) = (self.opened(disk), self.alive()) else { return };
         let Some(minor) = opened.minor.get() else { return };
         for (key, right) in [
-            ("physical-device-path", format!("{FOLDER}/nbd{}.{minor}", tapdisk.pid())),
+            ("physical-device-path", place_of(tapdisk.pid(), minor)),
             ("kthread-pid", tapdisk.pid().to_string()),
         ] {
             let found = machine.toolstack.port.read(&format!("{}/{key}", disk.paths.backend)).await;
@@ -210,7 +237,7 @@ impl Script for Keeper {
             });
             let tapdisk = self.ensure().await;
             let minor = opened.minor.get().expect("it is open");
-            format!("{FOLDER}/nbd{}.{minor}", tapdisk.pid())
+            place_of(tapdisk.pid(), minor)
         })
     }
 
