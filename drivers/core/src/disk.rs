@@ -48,8 +48,9 @@ pub struct DiskConfig {
 pub struct Disk<H> {
     host: H,
     config: DiskConfig,
-    /// The properties of its image, which every other image in its place has, too.
-    image_info: NodeInfo,
+    /// The properties of its image, which every other image in its place has, too. Only its size changes, while the
+    /// image is away.
+    image_info: Rc<Cell<NodeInfo>>,
     slot: Slot<H>,
     below: RefCell<Below<H>>,
     /// Summed over all schedulers it has had.
@@ -72,7 +73,7 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
             CacheMode::WriteThrough => host.mark(&WRITES_THROUGH),
             CacheMode::Unsafe => host.mark(&FLUSHES_LEFT_OUT),
         }
-        let (image_info, stats) = (image.info(), Rc::default());
+        let (image_info, stats) = (Rc::new(Cell::new(image.info())), Rc::default());
         let below = Below::new(host, image, &config, &stats);
         let slot = Slot::new(host.clone(), config.id, Rc::clone(&below.scheduler) as Rc<dyn Node>);
         let (host, below, steps_before) = (host.clone(), RefCell::new(below), Cell::new(0));
@@ -129,8 +130,8 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
         &self.host
     }
 
-    pub(crate) fn image_info(&self) -> NodeInfo {
-        self.image_info
+    pub(crate) fn image_info(&self) -> &Rc<Cell<NodeInfo>> {
+        &self.image_info
     }
 
     /// The counters, summed over all its schedulers.

@@ -7,11 +7,12 @@
 //! ```
 //!
 //! Whoever uses the disk notices a delay and nothing else. So an image that takes the place of another promises what
-//! that one promised: see [`StandIn`].
+//! that one promised: see [`StandIn`]. Only the size may change, while the image is away: see [`Disk::grow_parked`].
 
 use crate::{
     Child, Disk, ExchangeError, Extent, LocalBoxFuture, Node, NodeInfo, NodeName, Op, Request, Response,
 };
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::{Future, ready};
 use std::rc::Rc;
@@ -68,7 +69,7 @@ pub enum Unfit {
 }
 
 /// What is below the scheduler of a disk without image. No request gets here but a flush, which has nothing to do.
-struct Absent(NodeInfo);
+struct Absent(Rc<Cell<NodeInfo>>);
 
 impl Node for Absent {
     fn submit(&self, request: Request) -> LocalBoxFuture<Response> {
@@ -77,7 +78,7 @@ impl Node for Absent {
     }
 
     fn info(&self) -> NodeInfo {
-        self.0
+        self.0.get()
     }
 
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
@@ -152,7 +153,7 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
     /// # Errors
     /// [`ParkError`]: the disk runs as before.
     pub async fn park(&self, limit: impl Future<Output = ()>) -> Result<Result<(), Errno>, ParkError> {
-        let info = self.image_info();
+        let info = Rc::clone(self.image_info());
         let drained = async {
             self.slot().pause().await.map_err(|_| ParkError::Closed)?;
             if self.host().bug(&PARKED_OPEN) {
@@ -188,12 +189,24 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
         }
     }
 
+    /// The image of a parked disk has become larger: from now on the disk has `size_sectors`, and so must every image
+    /// that takes its place.
+    ///
+    /// # Panics
+    /// If it would be smaller, or has its image.
+    pub fn grow_parked(&self, size_sectors: u64) {
+        let info = self.image_info().get();
+        assert!(size_sectors >= info.size_sectors, "a disk becomes smaller");
+        self.image_info().set(NodeInfo { size_sectors, ..info });
+        assert_eq!(self.slot().info().size_sectors, size_sectors, "a disk grows that has its image");
+    }
+
     /// `image`, as it can take the place of the disk's own.
     ///
     /// # Errors
     /// [`Unfit`]; `image` is still open.
     pub fn fit(&self, image: Rc<dyn Node>) -> Result<Rc<dyn Node>, Unfit> {
-        let promised = self.image_info();
+        let promised = self.image_info().get();
         if self.host().bug(&STAND_IN_UNCHECKED) {
             return Ok(Rc::new(StandIn { node: image, promised }));
         }
@@ -271,6 +284,20 @@ mod tests {
         script.release();
         pool.run();
         assert!([slow, later].iter().all(|answer| answer.take().unwrap().result == Ok(())));
+    }
+
+    #[test]
+    fn a_parked_disk_grows_with_its_image() {
+        let (pool, first) = (Pool::new(), Script::default());
+        let disk = disk(&pool, &first);
+        let (own, old) = (Rc::clone(&disk), disk.slot().info().size_sectors);
+        let parked = pool.start(async move { own.park(pending()).await });
+        pool.run();
+        assert_eq!(parked.take(), Some(Ok(Ok(()))));
+        disk.grow_parked(old + 8);
+        assert_eq!(disk.slot().info().size_sectors, old + 8);
+        let small = Rc::new(Script::default()) as Rc<dyn Node>;
+        assert_eq!(disk.fit(small).err(), Some(Unfit::Size { old: old + 8, new: old }));
     }
 
     #[test]

@@ -290,7 +290,7 @@ fn another_disk_in_its_place_is_refused_for_good() {
             let client = Client::connect(w.process("client"), config()).await.unwrap();
             process.node().kill();
             process.node().dead().await;
-            let other = if change == 0 { Disk::new(2 * MIB) } else { Disk::new(MIB) };
+            let other = if change == 0 { Disk::new(MIB / 2) } else { Disk::new(MIB) };
             other.read_only.set(change == 1);
             let request_bytes = if change == 2 { 4096 } else { 32 << 20 };
             let limits = ServerLimits { request_bytes, ..ServerLimits::default() };
@@ -302,6 +302,26 @@ fn another_disk_in_its_place_is_refused_for_good() {
             assert_eq!(client.close().await, Ok(()));
         });
     }
+}
+
+/// It has grown: users of the client keep the size that they were told.
+#[test]
+fn a_larger_disk_in_its_place_is_taken() {
+    world(1, false, |w| async move {
+        let disk = Disk::new(MIB);
+        let (process, _) = w.serve(vec![export("disk", &disk)], ServerLimits::default()).await;
+        let client = Client::connect(w.process("client"), config()).await.unwrap();
+        let sectors = client.info().size_sectors;
+        process.node().kill();
+        process.node().dead().await;
+        let larger = Disk::new(2 * MIB);
+        w.serve(vec![export("disk", &larger)], ServerLimits::default()).await;
+        assert_eq!(write(&client, 0, 512, 1).await, Ok(()));
+        assert_eq!(read(&client, 0, 512).await.unwrap(), [1; 512]);
+        assert_eq!(client.info().size_sectors, sectors);
+        assert!(!larger.seen.borrow().is_empty());
+        client.close().await.unwrap();
+    });
 }
 
 #[test]

@@ -336,20 +336,25 @@ pub(crate) async fn open_node<H: DiskHost>(
     Ok(options.tuning.image(spec, image))
 }
 
-async fn open_image<H: ImageHost>(
-    host: &H,
-    formats: Formats<H>,
-    spec: &ImageSpec,
-    options: &DiskOptions,
-) -> Result<Rc<dyn Node>, ImageError> {
-    let open = OpenOptions {
+/// How images are opened with these options.
+pub(crate) fn open_options(options: &DiskOptions) -> OpenOptions {
+    OpenOptions {
         write: options.write,
         unlocked: options.unlocked,
         direct: options.direct,
         backing: options.backing.clone(),
         memory: options.memory.clone(),
         table_bytes: options.tuning.table_bytes,
-    };
+    }
+}
+
+async fn open_image<H: ImageHost>(
+    host: &H,
+    formats: Formats<H>,
+    spec: &ImageSpec,
+    options: &DiskOptions,
+) -> Result<Rc<dyn Node>, ImageError> {
+    let open = open_options(options);
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);
     loop {
         match formats.open(host, spec, &open).await {

@@ -39,6 +39,7 @@ pub mod img;
 mod merge;
 mod old_names;
 pub mod serve;
+mod size;
 pub mod spec;
 pub mod tapback;
 mod tls;

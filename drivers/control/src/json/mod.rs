@@ -25,7 +25,7 @@ pub use news::{Happened, News, Standing};
 pub use server::{Json, REQUEST_BYTES_MAX, Verbs};
 pub use vocabulary::{
     Answer, Disk, Disks, ErrorAnswer, Guest, ImageStats, Job, JobState, Latency, Metrics, Operation, Reply,
-    Request, SetFor, State, Stats, Taken,
+    Request, Resized, SetFor, State, Stats, Taken,
 };
 
 tap_host::listed! {

@@ -34,6 +34,8 @@ pub enum Happened {
     Stranded,
     /// Its image is a new one, above the one that it had.
     Snapshot,
+    /// It has become larger.
+    Resized,
     /// It is being closed.
     Closing,
     /// It has no image any more.

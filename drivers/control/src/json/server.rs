@@ -76,7 +76,8 @@ impl<H: ControlHost, V: Verbs<H>> Protocol<H> for Json<V> {
                 Request::Snapshot { minor, .. }
                 | Request::Commit { minor, .. }
                 | Request::Cancel { minor }
-                | Request::Set { minor, .. },
+                | Request::Set { minor, .. }
+                | Request::Resize { minor, .. },
             ) => Place::Waits(*minor),
             Ok(Request::Events {}) => Place::Listens,
             Err(_)

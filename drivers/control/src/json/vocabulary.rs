@@ -53,6 +53,13 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ionice: Option<String>,
     },
+    /// Makes a disk in use larger.
+    Resize {
+        /// The minor number.
+        minor: u16,
+        /// Its new size.
+        size_bytes: u64,
+    },
     /// Serves a guest's ring, as `XENBLKIF_CONNECT` does, if the disk is what the guest was told.
     Connect {
         /// The minor number.
@@ -114,6 +121,8 @@ pub enum Reply {
     Snapshot(Taken),
     /// To [`Request::Set`].
     Set(SetFor),
+    /// To [`Request::Resize`].
+    Resized(Resized),
     /// To [`Request::Connect`].
     Guest(Guest),
     /// To [`Request::Commit`], [`Request::Query`] and [`Request::Cancel`].
@@ -247,6 +256,15 @@ pub struct Taken {
     pub image: String,
     /// What is below it, and no longer changes.
     pub base: String,
+}
+
+/// A disk that was made larger.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Resized {
+    /// The minor number.
+    pub minor: u16,
+    /// Its size.
+    pub size_sectors: u64,
 }
 
 /// Whether images are being merged.

@@ -16,7 +16,7 @@
 //! * **A connection that breaks** is re-established, after pauses that double, and what was in flight is sent again.
 //!   Requests wait for it until [`ClientConfig::reconnect_ns`] is over; from then on they fail with `ENOTCONN`, while
 //!   attempts continue. A request that is not answered within [`ClientConfig::request_ns`] breaks the connection. A
-//!   server that comes back with a different size or fewer capabilities is another disk: every later request fails.
+//!   server that comes back with a smaller size or fewer capabilities is another disk: every later request fails.
 //! * **Repeated requests**: the caller keeps overlapping requests apart, so carrying out a request twice changes
 //!   nothing. Only a server that still carries out requests of a broken connection, later than those of a new one,
 //!   could bring back old bytes. The protocol has no fence against that. A broken connection is aborted, so nothing

@@ -54,8 +54,9 @@ impl Terms {
     /// Why requests made for `self` cannot go to a server with the terms `other`.
     pub(super) fn broken_by(&self, other: &Terms) -> Option<&'static str> {
         let lost = self.flags & !other.flags & !export::READ_ONLY;
-        if other.size_bytes != self.size_bytes {
-            Some("it came back with another size")
+        // A disk may have become larger meanwhile; its users keep the size that they know.
+        if other.size_bytes < self.size_bytes {
+            Some("it came back with a smaller size")
         } else if lost != 0 || other.has(export::READ_ONLY) && !self.has(export::READ_ONLY) {
             Some("it came back and can do less than before")
         } else if other.request_bytes < self.request_bytes

@@ -10,7 +10,9 @@
 mod commit;
 pub(super) mod guests;
 mod priority;
+mod resize;
 mod snapshot;
+mod stats;
 mod told;
 
 use super::ControlledHost;
@@ -19,15 +21,14 @@ use super::settings::Settings;
 use crate::disk::{DiskOptions, OpenError, open_disk, open_node};
 use crate::spec::DiskSpec;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::tapctl::{Entry, Image, Params, Text, state};
 use tap_control::Refusal;
 use tap_control::json::{self, Happened};
 use tap_core::wait::{Event as Flag, Receiver, Semaphore, joined};
-use tap_core::{Disk, KINDS, KindMeasures, Listed, Measures, Node, ParkError, Request, nodes};
-use tap_host::{Errno, File, FileId, IoKind, OpenMode, SECTOR_BYTES, SocketAddress, VbdId, unless};
+use tap_core::{Disk, Listed, Node, ParkError, Request, nodes};
+use tap_host::{Errno, File, FileId, OpenMode, SECTOR_BYTES, SocketAddress, VbdId, unless};
 use tap_images::{Formats, ImageError, sync_file, sync_name};
 use tap_nbd::{Export, Server, ServerLimits};
 
@@ -36,7 +37,7 @@ use guests::Guests;
 pub(super) use snapshot::Names;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug with [commit::BUGS, guests::BUGS, priority::BUGS, snapshot::BUGS, told::BUGS];
+    pub(super) BUGS: Bug with [commit::BUGS, guests::BUGS, priority::BUGS, resize::BUGS, snapshot::BUGS, told::BUGS];
     RESUMED_WITHOUT = "resumed-without", "a disk whose image cannot be opened again lets requests through without one";
     RESUME_KEEPS_NAME = "resume-keeps-name", "a disk that was resumed with another image opens the first one at the next resume";
     UNMARKED_LATER = "unmarked-later", "a detach is answered before others can have the minor number";
@@ -50,7 +51,7 @@ tap_host::listed! {
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark with [commit::MARKS, guests::MARKS, priority::MARKS, snapshot::MARKS];
+    pub(super) MARKS: Mark with [commit::MARKS, guests::MARKS, priority::MARKS, resize::MARKS, snapshot::MARKS];
     RESUMED_ELSEWHERE = "resumed-elsewhere", "a disk was resumed with another image";
     RESUME_REFUSED = "resume-refused", "a resume failed, and the disk went on with the image that it had";
     RESUME_FAILED = "resume-failed", "a resume failed, and the disk stayed paused";
@@ -114,6 +115,8 @@ struct Open<H: ControlledHost> {
     stage: Cell<Stage>,
     /// The file of its image, if it is one.
     file: Cell<Option<FileId>>,
+    /// The size that its image is to have, or may have already, in sectors.
+    grows_to: Cell<Option<u64>>,
     disk: Rc<Disk<H>>,
     /// What its users use.
     node: Rc<dyn Node>,
@@ -248,6 +251,7 @@ impl<H: ControlledHost> Vbd<H> {
             name: RefCell::new(name),
             stage: Cell::new(Stage::Running),
             file,
+            grows_to: Cell::new(None),
             disk,
             node,
             guests: RefCell::default(),
@@ -389,6 +393,9 @@ impl<H: ControlledHost> Vbd<H> {
             let _unused = node.close().await;
             return Err(refused(&error));
         }
+        if !elsewhere {
+            open.grow_with(settings, &*node);
+        }
         let fit = match open.disk.fit(Rc::clone(&node)) {
             Ok(fit) => fit,
             Err(why) => {
@@ -403,6 +410,7 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: {error}")));
         }
         open.stage.set(Stage::Running);
+        open.grows_to.take();
         open.file.set(file_of(&files, name).await);
         if !settings.host.bug(&RESUME_KEEPS_NAME) {
             name.clone_into(&mut open.name.borrow_mut());
@@ -497,52 +505,6 @@ impl<H: ControlledHost> Vbd<H> {
             guests: open.map_or_else(Vec::new, |open| open.listed_guests()),
         }
     }
-
-    /// Its counters.
-    pub(super) fn stats(&self) -> Result<json::Stats, Refusal> {
-        let open = self.opened(&format!("count what minor {} did", self.minor))?;
-        let (stats, name) = (open.disk.stats(), open.name.borrow().clone());
-        let (slot, secs) = (open.disk.slot(), [stats.sectors_read, stats.sectors_written]);
-        Ok(json::Stats {
-            minor: self.minor,
-            name: name.clone(),
-            secs,
-            images: [json::ImageStats { name, hits: secs }],
-            state: self.state(Some(&open)),
-            size_sectors: slot.info().size_sectors,
-            read_only: slot.info().read_only,
-            in_flight: slot.in_flight() as u64,
-            waiting: slot.waiting() as u64,
-            reads: stats.reads,
-            writes: stats.writes,
-            flushes: stats.flushes,
-            zeroes: stats.zeroes,
-            discards: stats.discards,
-            sectors_zeroed: stats.sectors_zeroed,
-            sectors_discarded: stats.sectors_discarded,
-            merged: stats.merged,
-            retries: stats.retries,
-            errors: stats.errors,
-            nbd_clients: open.server.connections() as u64,
-            operations: operations(&slot.measures()),
-        })
-    }
-}
-
-fn operations(measures: &Measures) -> BTreeMap<String, json::Operation> {
-    let of = |kind: IoKind| {
-        let KindMeasures { in_flight, errors, sectors, latency } = *measures.of(kind);
-        let (sum_ns, max_ns) = (latency.sum_ns, latency.max_ns);
-        let buckets = latency.buckets().filter(|(_, count)| *count > 0).collect();
-        json::Operation {
-            requests: latency.count(),
-            bytes: sectors * SECTOR_BYTES,
-            errors,
-            in_flight,
-            latency: json::Latency { sum_ns, max_ns, buckets },
-        }
-    };
-    KINDS.map(|kind| (kind.to_string(), of(kind))).into()
 }
 
 const PAUSED: i32 = state::PAUSED | state::PAUSE_REQUESTED | state::QUIESCED | state::CLOSED;

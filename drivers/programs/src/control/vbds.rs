@@ -338,6 +338,10 @@ impl<H: ControlledHost> Vbds<H> {
                 let vbd = self.get(minor, "end the merge below")?;
                 vbd.cancel(&self.settings).await.map(json::Reply::Job)
             }
+            json::Request::Resize { minor, size_bytes } => {
+                let (vbd, _turn) = self.turn(minor, "resize").await?;
+                vbd.resize(&self.settings, size_bytes).await.map(json::Reply::Resized)
+            }
             json::Request::Set { minor, ionice } => {
                 let (vbd, _turn) = self.turn(minor, "set the priority of").await?;
                 vbd.set(&self.settings, ionice.as_deref()).await.map(json::Reply::Set)

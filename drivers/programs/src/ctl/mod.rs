@@ -18,6 +18,7 @@ mod events;
 mod list;
 mod minors;
 mod open;
+mod resize;
 mod set;
 mod snapshot;
 mod top;
@@ -34,6 +35,7 @@ use commit::CommitArgs;
 use events::EventsArgs;
 use list::ListArgs;
 use open::{CreateArgs, OpenArgs, UnpauseArgs};
+use resize::ResizeArgs;
 use serde_json::{Value, json};
 use set::SetArgs;
 use snapshot::SnapshotArgs;
@@ -111,6 +113,8 @@ enum Verb {
     Query(DiskArgs),
     /// Ends a merge, which can be begun again
     Cancel(DiskArgs),
+    /// Makes a disk in use larger
+    Resize(ResizeArgs),
     /// Sets the I/O priority of a disk in use, and prints it; without an option it only prints
     Set(SetArgs),
     /// Allocates a minor number, starts a tapdisk, attaches and opens; prints the path of the marker
@@ -259,6 +263,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
             Verb::Commit(args) => self.commit(&args).await,
             Verb::Query(args) => self.query(args).await,
             Verb::Cancel(args) => self.cancel(args).await,
+            Verb::Resize(args) => self.resize(&args).await,
             Verb::Set(args) => self.set(&args).await,
             Verb::Create(args) => self.create(&args).await,
             Verb::Destroy(args) => {

@@ -68,6 +68,8 @@ fn a_guest_is_connected_by_the_messages_of_tapdisk3() {
         let listed = admin.done("list --json").await;
         assert!(listed.contains("\"minor\":0"), "{listed}");
         admin.refused(&format!("close -p {pid} -m 0"), Errno::EBUSY, "1/xvda uses it").await;
+        let resize = format!("resize -p {pid} -m 0 -s +1M");
+        admin.refused(&resize, Errno::EBUSY, "a guest uses it through a ring").await;
         for (refused, error) in [
             (Blkif { order: 1.into(), ..own }, Errno::EOPNOTSUPP),
             (Blkif { proto: 2.into(), ..own }, Errno::EOPNOTSUPP),

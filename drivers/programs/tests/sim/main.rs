@@ -5,6 +5,7 @@ mod control;
 mod given;
 mod guests;
 mod json;
+mod resize;
 mod serve;
 mod stuck;
 

@@ -172,7 +172,7 @@ impl Acts<'_> {
         let right = own.is_some_and(|own| {
             own["state"] == state
                 && own["image"] == named(&setup.spec)
-                && own["size_sectors"] == setup.size_sectors
+                && disk.may_show(&own["size_sectors"])
                 && own["read_only"] == false
                 && own["nbd_clients"].is_u64()
         });
@@ -237,7 +237,7 @@ impl Acts<'_> {
                 .into_iter()
                 .all(|name| ordered(&|text: &Value| text[name].as_u64()))
             && [0, 1].into_iter().all(|i| ordered(&|text: &Value| text["secs"][i].as_u64()))
-            && before["size_sectors"] == disk.setup().size_sectors
+            && disk.may_show(&before["size_sectors"])
             && texts.into_iter().all(are_consistent);
         if !right {
             self.world

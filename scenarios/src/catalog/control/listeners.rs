@@ -64,7 +64,7 @@ struct View {
 fn states_of(event: &str) -> Option<&'static [&'static str]> {
     Some(match event {
         "attached" => &["attached"],
-        "opened" | "resumed" | "unpaused" | "snapshot" => &["running"],
+        "opened" | "resumed" | "unpaused" | "snapshot" | "resized" => &["running"],
         "pausing" => &["pausing"],
         "paused" => &["paused"],
         "stranded" => &["stranded"],

@@ -19,6 +19,7 @@ mod json;
 mod listeners;
 mod openmetrics;
 mod priorities;
+mod resizes;
 mod setters;
 mod snapshots;
 mod tops;
@@ -84,6 +85,8 @@ struct Disk {
     minor: Cell<Option<u16>>,
     /// Copies of its image that were made so far.
     copies: Cell<u32>,
+    /// The size that was said last, in bytes.
+    told_bytes: Cell<u64>,
     /// Images that it had before, as they were when it let go of them.
     left: RefCell<Vec<(String, Vec<u8>)>>,
     /// An image below it that may have been merged into the next one, and that one.
@@ -101,8 +104,8 @@ impl Disk {
         setup.history.borrow_mut().relax_order();
         let (setup, minor) = (RefCell::new(setup), Cell::new(None));
         let (copies, left, merging) = (Cell::new(0), RefCell::default(), RefCell::default());
-        let (pending, doubt) = (RefCell::default(), Cell::new(false));
-        Rc::new(Self { number, setup, minor, copies, left, merging, pending, doubt })
+        let (pending, doubt, told_bytes) = (RefCell::default(), Cell::new(false), Cell::new(DISK_BYTES));
+        Rc::new(Self { number, setup, minor, copies, told_bytes, left, merging, pending, doubt })
     }
 
     /// It is open, and with that it is durable which files it has.
@@ -313,6 +316,7 @@ async fn over(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>], epoch: u32) 
     let doubtful = admin.newest().is_some_and(|tapdisk| tapdisk.has_said(snapshots::DOUBT));
     for disk in disks {
         disk.settle(world, power, doubtful);
+        disk.check_size(world, "after the end of its tapdisk");
         let setup = disk.setup();
         match power {
             true => {
@@ -465,6 +469,7 @@ async fn last(world: &World, admin: &Rc<Admin>, disks: &[Rc<Disk>]) {
     host.process.node().kill();
     destroy(world, admin, &tapdisk, disks).await;
     for disk in disks {
+        disk.check_size(world, "in the end");
         disk.setup().check(world, "in the end").await;
     }
 }

@@ -176,6 +176,7 @@ impl Acts<'_> {
         match act {
             1..=3 => self.snapshot(entity, disk, hold_ns, true).await,
             4 | 5 => self.snapshot(entity, disk, hold_ns, false).await,
+            6 if hold_ns % 2 == 1 => self.resize(entity, disk, hold_ns).await,
             6 => self.pause_and(disk, hold_ns, "", 0).await,
             7 => self.reopen(disk, hold_ns, false).await,
             8 => self.reopen(disk, hold_ns, true).await,

@@ -142,7 +142,7 @@ impl<H: ControlledHost> Vbd<H> {
         if open.disk.slot().info().read_only {
             return refuse(Errno::EROFS, "it is read-only");
         }
-        if self.job.borrow().as_ref().is_some_and(|job| job.runs()) {
+        if self.merges() {
             return refuse(Errno::EALREADY, "one is being merged; tap-ctl query shows it");
         }
         let DiskSpec::Image(image) = spec_of(&asked.image, &what)? else {
@@ -262,6 +262,11 @@ impl<H: ControlledHost> Vbd<H> {
         let Some(job) = job.filter(|job| job.runs() && !settings.host.bug(&COMMIT_OUTLIVES)) else { return };
         job.stop.set();
         job.ended.wait().await;
+    }
+
+    /// Whether images below the disk are being merged.
+    pub(super) fn merges(&self) -> bool {
+        self.job.borrow().as_ref().is_some_and(|job| job.runs())
     }
 
     /// The last merge below the disk.
@@ -396,7 +401,12 @@ impl<H: ControlledHost> Vbd<H> {
 
 impl<H: ControlledHost> Vbd<H> {
     /// The disk, which is paused, goes on with its chain as it is now.
-    async fn go_on(&self, settings: &Settings<H>, open: &Open<H>, name: &str) -> Result<(), Refusal> {
+    pub(super) async fn go_on(
+        &self,
+        settings: &Settings<H>,
+        open: &Open<H>,
+        name: &str,
+    ) -> Result<(), Refusal> {
         let what = format!("resume minor {}", self.minor);
         let Err(why) = self.resume_with(settings, open, name, &what, &open.options).await else {
             return Ok(());

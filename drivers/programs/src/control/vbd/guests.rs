@@ -140,6 +140,9 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() == Stage::Closing {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: it is being closed")));
         }
+        if open.grows_to.get().is_some() {
+            return Err(Refusal::new(Errno::EAGAIN, format!("{what}: it is being made larger")));
+        }
         let info = open.disk.slot().info();
         let size_sectors = info.size_sectors;
         let told = wanted.size_sectors.is_some() && !settings.host.bug(&MODE_UNCHECKED);
