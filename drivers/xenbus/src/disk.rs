@@ -65,6 +65,9 @@ impl From<ConnectError> for Unserved {
 
 /// A disk, and who serves its rings.
 pub trait ServedDisk<H: XenHost> {
+    /// A toolstack has said which one it is.
+    fn appeared(&self) -> impl Future<Output = ()>;
+
     /// What front ends are to be told.
     ///
     /// # Errors
@@ -89,6 +92,8 @@ pub trait ServedDisk<H: XenHost> {
 
 /// A disk of this process.
 impl<H: XenHost> ServedDisk<H> for Rc<dyn Node> {
+    async fn appeared(&self) {}
+
     async fn shown(&self) -> Result<Shown, Unserved> {
         Ok(Shown::of(&self.info()))
     }

@@ -44,6 +44,7 @@ mod patience;
 mod rules;
 mod states;
 mod supervise;
+mod watches;
 
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
 pub use disk::{ServedDisk, Serving, Shown, Unserved};

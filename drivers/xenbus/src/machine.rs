@@ -6,14 +6,13 @@ use crate::features::Features;
 use crate::keys;
 use crate::lock::{Lock, is_over};
 use crate::pace::Pace;
-use crate::patience::patiently;
 use crate::rules::{Action, Phase, Seen, Start, next, ring_may_be_used, start};
 use crate::states::{self, Keys, Written};
+use crate::watches::{changed, watch};
 use std::cell::Cell;
-use std::future::{Future, pending, poll_fn};
+use std::future::{Future, pending};
 use std::pin::pin;
 use std::rc::Rc;
-use std::task::Poll;
 use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
@@ -53,6 +52,8 @@ tap_host::listed! {
 
 /// How long a toolstack may take to remove what belonged to a domain that is gone, in nanoseconds.
 const GONE_PATIENCE_NS: u64 = 1_000_000_000;
+/// How often a disk is asked for whose server is away, in nanoseconds.
+const AWAY_PAUSE_NS: u64 = 500_000_000;
 
 /// The back end of one disk. See [`Backend::run`].
 pub struct Backend<H: XenHost, D> {
@@ -64,6 +65,8 @@ pub struct Backend<H: XenHost, D> {
     frontend: StorePath,
     /// It was there.
     frontend_known: Cell<bool>,
+    /// The disk knows that it is named.
+    appeared: Cell<bool>,
     watches: [H::Watcher; 2],
     phase: Phase,
     /// What we wrote last, or found.
@@ -158,6 +161,7 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
             leave,
             frontend,
             frontend_known: Cell::new(false),
+            appeared: Cell::new(false),
             watches,
             phase: Phase::Waiting,
             state: XenbusState::Unknown,
@@ -187,8 +191,11 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
     async fn live(&mut self) -> Result<BackendEnd, BackendError> {
         let seen = self.look().await?;
         self.state = seen.backend.unwrap_or(XenbusState::Unknown);
-        if !ring_may_be_used(&seen) {
-            self.disk.release().await;
+        // Nothing is promised yet: to leave need not wait for it.
+        if !ring_may_be_used(&seen)
+            && matches!(select(self.disk.release(), self.leave.wait()).await, Either::Second(()))
+        {
+            return Ok(BackendEnd::Left);
         }
         match start(&seen) {
             Start::Offer if seen.backend.is_some() => self.offer().await?,
@@ -203,7 +210,12 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
         loop {
             let seen = self.look().await?;
             match next(self.phase, &seen) {
-                Action::Wait => self.wait(&seen).await?,
+                Action::Wait => {
+                    if seen.hotplugged && !self.appeared.replace(true) {
+                        self.disk.appeared().await;
+                    }
+                    self.wait(&seen).await?;
+                }
                 Action::Offer if self.pace.wait_ns(&self.host) > 0 && !self.host.bug(&PACE_IGNORED) => {
                     self.hold_back().await?;
                 }
@@ -297,6 +309,15 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
         match select(select(pause, self.leave.wait()), self.watches[0].next()).await {
             Either::First(_) => Ok(()),
             Either::Second(event) => event.map(drop).map_err(|error| self.watch_failed(error)),
+        }
+    }
+
+    /// Waits a while for whoever serves the disk; whatever else happens comes first.
+    async fn pause(&self) -> Result<(), BackendError> {
+        let pause = select(self.host.sleep_ns(AWAY_PAUSE_NS), self.leave.wait());
+        match select(changed(&self.watches), pause).await {
+            Either::First(event) => event.map_err(|error| self.watch_failed(error)),
+            Either::Second(_) => Ok(()),
         }
     }
 
@@ -434,10 +455,12 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
                     // Held by a process that does not use our lock: an older version, or another program.
                     return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
                 }
-                // What was in the way may have changed meanwhile. Who is away was waited for, and is waited for again.
-                let ends =
-                    next(self.phase, &seen) == Action::Connect && (!away || self.host.bug(&AWAY_REFUSED));
-                return if ends { self.fail(&why).await } else { Ok(()) };
+                return match next(self.phase, &seen) {
+                    Action::Connect if away && !self.host.bug(&AWAY_REFUSED) => self.pause().await,
+                    Action::Connect => self.fail(&why).await,
+                    // What was in the way may have changed meanwhile.
+                    _ => Ok(()),
+                };
             }
         };
         let keys = [
@@ -549,24 +572,6 @@ fn with_close(
         (Err(first), Err(close)) if served => Err(BackendError::AndClose { first: Box::new(first), close }),
         (end, _) => end,
     }
-}
-
-/// Completes when one of `watches` has an event. The events of both are taken: the look that follows sees the causes of
-/// both.
-async fn changed<W: Watcher>([backend, frontend]: &[W; 2]) -> Result<(), Errno> {
-    let (mut backend, mut frontend) = (pin!(backend.next()), pin!(frontend.next()));
-    poll_fn(|cx| {
-        let both = [backend.as_mut().poll(cx), frontend.as_mut().poll(cx)];
-        both.into_iter()
-            .find(Poll::is_ready)
-            .map_or(Poll::Pending, |event| event.map(|event| event.map(drop)))
-    })
-    .await
-}
-
-async fn watch<H: XenHost>(host: &H, path: StorePath) -> Result<H::Watcher, BackendError> {
-    let watching = patiently(host, async || host.watch(&path).await).await;
-    watching.map_err(|error| BackendError::Store { what: "watch", path, error })
 }
 
 /// The front end's directory, as the toolstack wrote it; `None` if the back end has no directory.

@@ -120,7 +120,8 @@ echo "# the guest ends"
 guest_tell given stop
 wait_for 100 guest_gone given
 guest_load_right given 2
-wait_for 30 test -z "$(tap-ctl list -m 0)"
+is_gone() { [ -z "$(tap-ctl list -m "$1")" ]; }
+wait_for 30 is_gone 0
 vbd_wait "$second" 6 30
 vbd_remove
 tap-ctl destroy -p "$(pid_of 1)" -m 1

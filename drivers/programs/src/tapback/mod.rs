@@ -158,9 +158,10 @@ impl<H: BackHost> Shared<H> {
             ..BackendConfig::new(path.clone(), dom, vbd)
         };
         let name = vdev::of_guest(dom, vbd);
+        let said = Rc::default();
         let disk = || {
             let (tapdisks, console) = (Rc::clone(&self.tapdisks), Rc::clone(&self.console));
-            Remote::new(tapdisks, console, path.clone(), dom, vbd)
+            Remote::new(tapdisks, console, path.clone(), dom, vbd, Rc::clone(&said))
         };
         let open = async || Ok(disk());
         let release = async || disk().release().await;

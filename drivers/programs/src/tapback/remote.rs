@@ -10,7 +10,8 @@
 use super::BackHost;
 use super::tapdisks::{Given, Place, Seen, Tapdisks};
 use crate::{Console, vdev};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use tap_control::client::CallError;
 use tap_control::json::{Guest, News, Standing};
@@ -36,9 +37,9 @@ tap_host::listed! {
 
 /// How often a disk that is gone is looked for, in nanoseconds.
 const LOOK_PAUSE_NS: u64 = 500_000_000;
-/// How long a disk may take to be there, in nanoseconds: its tapdisk may be starting again. A toolstack waits ten
-/// seconds.
-const FIND_PATIENCE_NS: u64 = 6_000_000_000;
+/// How long a disk may take to be there, in nanoseconds, before that is said: its tapdisk may be starting again. A
+/// toolstack that takes the device away meanwhile waits ten seconds.
+const FIND_PATIENCE_NS: u64 = 4_000_000_000;
 /// How long a disk that is there may take to get a ring, in nanoseconds: a predecessor may be dying.
 const GIVE_PATIENCE_NS: u64 = 2_000_000_000;
 
@@ -78,9 +79,13 @@ struct Inner<H: BackHost> {
     dom: DomId,
     vbd: VbdId,
     /// What stands in the way, as it was said last.
-    said: RefCell<String>,
-    /// Where it was found, and what it was.
-    found: RefCell<Option<(Place, Seen)>>,
+    said: Rc<RefCell<String>>,
+    /// What it was when it was found last.
+    found: RefCell<Option<Seen>>,
+    /// The tapdisks that were asked to serve a ring.
+    asked: RefCell<BTreeSet<Place>>,
+    /// One of them did: no predecessor's ring is left.
+    connected: Cell<bool>,
 }
 
 impl<H: BackHost> Remote<H> {
@@ -90,35 +95,36 @@ impl<H: BackHost> Remote<H> {
         backend: String,
         dom: DomId,
         vbd: VbdId,
+        said: Rc<RefCell<String>>,
     ) -> Self {
-        Self(Rc::new(Inner {
-            tapdisks,
-            console,
-            backend,
-            dom,
-            vbd,
-            said: RefCell::default(),
-            found: RefCell::default(),
-        }))
+        let (found, asked, connected) = (RefCell::default(), RefCell::default(), Cell::new(false));
+        Self(Rc::new(Inner { tapdisks, console, backend, dom, vbd, said, found, asked, connected }))
     }
 }
 
 impl<H: BackHost> ServedDisk<H> for Remote<H> {
+    async fn appeared(&self) {
+        // What stands in the way is said when the front end connects.
+        let _noted_or_not = self.0.find().await;
+    }
+
     async fn shown(&self) -> Result<Shown, Unserved> {
         let host = &self.0.tapdisks.host;
-        let until_ns = host.now_ns().saturating_add(FIND_PATIENCE_NS);
+        // Once it is known to be away, it is looked for once at a time.
+        let patience_ns = if self.0.said.borrow().is_empty() { FIND_PATIENCE_NS } else { 0 };
+        let until_ns = host.now_ns().saturating_add(patience_ns);
         let mut patience = Patience::until();
         loop {
             match self.0.find().await {
                 Ok((_, seen)) => return Ok(Shown::sized(seen.size_sectors, seen.read_only)),
-                Err((_, Hope::Away)) if patience.again_before(host, until_ns).await => {}
+                Err(_) if patience.again_before(host, until_ns).await => {}
                 Err((words, hope)) => return Err(self.0.unserved(words, hope)),
             }
         }
     }
 
     async fn connect(&self, host: &H, ring: RingConfig) -> Result<Serving, ConnectError> {
-        let Some((_, seen)) = self.0.found.borrow().clone() else {
+        let Some(seen) = self.0.found.borrow().clone() else {
             return Err(ConnectError::Told { words: "find the disk in a tapdisk".to_owned(), away: true });
         };
         // What the guest is told, or was.
@@ -147,25 +153,7 @@ impl<H: BackHost> ServedDisk<H> for Remote<H> {
         if self.0.tapdisks.host.bug(&CLOSED_UNRELEASED) {
             return;
         }
-        let Inner { tapdisks, dom, vbd, .. } = &*self.0;
-        // Usually there is none, and a request that is refused is mentioned in a log.
-        let serves = async |place: &Place| tapdisks.at(place.pid).serves(*dom, *vbd).await;
-        let mut holders = Vec::new();
-        if let Some(place) = self.0.place() {
-            holders.push(place);
-        } else {
-            // That of a predecessor may be anywhere. A tapdisk that does not answer is in no list; if xenstore names
-            // it, it may have the ring.
-            let guests = tapdisks.guests().await.unwrap_or_default();
-            holders.extend(guests.into_iter().filter(|(_, id)| *id == (*dom, *vbd)).map(|(place, _)| place));
-            holders.extend(self.0.named().await);
-            holders.dedup();
-        }
-        for place in holders {
-            if serves(&place).await {
-                self.0.take_back(place).await;
-            }
-        }
+        self.0.take_back_from_all().await;
     }
 
     async fn close(&self, over: bool) -> Result<(), Errno> {
@@ -219,20 +207,45 @@ impl<H: BackHost> Inner<H> {
         let (place, seen) = self.tapdisks.find(known).await.map_err(away)?;
         let known_by = self.allocation_of(&named).await.map_err(away)?;
         let allocation = &seen.allocation;
-        let is_ours = known_by.as_ref().is_none_or(|known| known == allocation);
+        // A tapdisk of an older version does not tell which allocation it has.
+        let is_ours = match &known_by {
+            Some(known) => known == allocation || allocation.is_empty(),
+            None => place == known,
+        };
         if !is_ours && !host.bug(&NUMBER_FOLLOWED) {
             host.mark(&NUMBER_REUSED);
             return Err(away(format!(
-                "take minor {} of tapdisk {} for its disk: the number was freed, and is another disk's; open the right \
-                 one, and write where it is to {path}",
+                "take minor {} of tapdisk {} for its disk: the number may have been freed, and be another disk's; open \
+                 the right one, write where it is to {path}, and remove {ALLOCATION_KEY} beside it",
                 place.minor, place.pid
             )));
         }
-        if place != known || known_by.is_none() {
-            self.rename(&named, place, allocation).await.map_err(away)?;
+        if (place != known || known_by.is_none())
+            && !self.rename(&named, place, allocation).await.map_err(away)?
+        {
+            return Err(away(format!("read {path} in xenstore: it has changed meanwhile")));
         }
-        *self.found.borrow_mut() = Some((place, seen.clone()));
+        *self.found.borrow_mut() = Some(seen.clone());
         Ok((place, seen))
+    }
+
+    /// Takes the ring back from every tapdisk that may serve it.
+    async fn take_back_from_all(&self) {
+        let Self { tapdisks, dom, vbd, .. } = self;
+        let mut places = self.asked.borrow().clone();
+        if !self.connected.get() {
+            // That of a predecessor may be anywhere.
+            let guests = tapdisks.guests().await.unwrap_or_default();
+            places.extend(guests.into_iter().filter(|(_, id)| *id == (*dom, *vbd)).map(|(place, _)| place));
+        }
+        // One that does not answer is in no list; if xenstore names it, it may have the ring.
+        places.extend(self.named().await);
+        for place in places {
+            // Usually it does not, and a request that is refused is mentioned in a log.
+            if tapdisks.at(place.pid).serves(*dom, *vbd).await {
+                self.take_back(place).await;
+            }
+        }
     }
 
     /// The place that xenstore names, if it can be read.
@@ -240,11 +253,6 @@ impl<H: BackHost> Inner<H> {
         let (host, path) = (&self.tapdisks.host, format!("{}/{PATH_KEY}", self.backend));
         let named = patiently(host, async || host.read(&path).await).await.ok()?;
         Place::of(&String::from_utf8_lossy(&named), self.tapdisks.folder())
-    }
-
-    /// The place where it was found last.
-    fn place(&self) -> Option<Place> {
-        self.found.borrow().as_ref().map(|(place, _)| *place)
     }
 
     /// Which allocation of its minor number the disk at `path` had; `None` if it was not looked for before.
@@ -261,26 +269,30 @@ impl<H: BackHost> Inner<H> {
         }
     }
 
-    /// Writes where the disk is, and whose time its I/O takes, unless somebody else has named another since.
-    async fn rename(&self, old: &str, place: Place, allocation: &str) -> Result<(), String> {
+    /// Writes where the disk is, and whose time its I/O takes, unless somebody else has named another since; returns
+    /// whether it did.
+    async fn rename(&self, old: &str, place: Place, allocation: &str) -> Result<bool, String> {
         let host = &self.tapdisks.host;
         let at = |key: &str| format!("{}/{key}", self.backend);
         let new = self.tapdisks.path_of(place);
         let write = async || {
             let tx = host.transaction().await?;
             if tx.read(&at(PATH_KEY)).await? != old.as_bytes() {
-                return Ok(());
+                return Ok(false);
             }
             tx.write(&at(PATH_KEY), new.as_bytes()).await?;
-            tx.write(&at(ALLOCATION_KEY), format!("{new} {allocation}").as_bytes()).await?;
+            if !allocation.is_empty() {
+                tx.write(&at(ALLOCATION_KEY), format!("{new} {allocation}").as_bytes()).await?;
+            }
             tx.write(&at(PID_KEY), place.pid.to_string().as_bytes()).await?;
-            tx.commit().await
+            tx.commit().await.map(|()| true)
         };
         loop {
             match patiently(host, write).await {
                 Err(Errno::EAGAIN) => {}
                 // The device is gone; its end is noticed elsewhere.
-                Ok(()) | Err(Errno::ENOENT) => return Ok(()),
+                Err(Errno::ENOENT) => return Ok(false),
+                Ok(written) => return Ok(written),
                 Err(error) => return Err(format!("write {}/{PATH_KEY} in xenstore: {error}", self.backend)),
             }
         }
@@ -330,7 +342,7 @@ impl<H: BackHost> Inner<H> {
             match self.again(given, given_ns, &order).await {
                 Either::First(RingEnd::Closed) => {
                     // What an attempt without an answer may have given.
-                    self.take_back(self.place().unwrap_or(place)).await;
+                    self.take_back_from_all().await;
                     return RingEnd::Closed;
                 }
                 Either::First(end) => return end,
@@ -346,8 +358,10 @@ impl<H: BackHost> Inner<H> {
     async fn give_again(&self, given: Given) -> Result<Place, (String, Hope)> {
         let (place, seen) = self.find().await?;
         let (number, id) = ((place.minor, seen.allocation.as_str()), (self.dom, self.vbd));
+        self.asked.borrow_mut().insert(place);
         let answer = self.tapdisks.at(place.pid).connect(number, id, given).await;
         answer.map_err(|why| (why.to_string(), hope_after(&why)))?;
+        self.connected.set(true);
         // With the process number.
         let path = self.tapdisks.path_of(place);
         self.rename(&path, place, &seen.allocation).await.map_err(|why| (why, Hope::Away))?;
@@ -442,7 +456,7 @@ fn is_not_there(why: &CallError) -> bool {
 fn hope_after(why: &CallError) -> Hope {
     match why {
         CallError::Refused { error, .. } => match *error {
-            Errno::EINVAL | Errno::ENOMEM | Errno::ENOSPC | Errno::EAGAIN => Hope::Soon,
+            Errno::EINVAL | Errno::EBUSY | Errno::ENOMEM | Errno::ENOSPC | Errno::EAGAIN => Hope::Soon,
             Errno::ENODEV | Errno::ESHUTDOWN | Errno::EMEDIUMTYPE => Hope::Away,
             _ => Hope::None,
         },

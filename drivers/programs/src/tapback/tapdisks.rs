@@ -27,7 +27,7 @@ pub(super) struct Tapdisks<H> {
 }
 
 /// A disk in a tapdisk: the process number and the minor number.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) struct Place {
     pub(super) pid: u32,
     pub(super) minor: u16,
@@ -164,7 +164,8 @@ impl<H: ControlledHost> Asked<H> {
             devid: vbd.0,
             ring_ref: ring_ref.0,
             port: port.0,
-            allocation: Some(allocation.to_owned()),
+            // One that does not tell it does not understand it.
+            allocation: (!allocation.is_empty()).then(|| allocation.to_owned()),
             size_sectors,
             read_only,
         };

@@ -25,7 +25,7 @@ use crate::guest::{Guest, Hostile, RingDisk};
 use crate::machine::{Attached, Machine, Script, XVDB};
 use crate::scenario::Scenario;
 use crate::world::World;
-use keeper::{Keeper, place_of};
+use keeper::{Keeper, PATH_KEY};
 use sim::{Entity, Label};
 use std::rc::Rc;
 use tap_core::wait::{Receiver, joined};
@@ -189,7 +189,7 @@ impl Acts<'_> {
         let (keeper, opened) = (self.keeper, self.keeper.opened(self.disk)?);
         let turn = keeper.turn.acquire().await;
         // Before tapback has looked at a disk it cannot know that another one has its number since.
-        let named = self.key("physical-device-path").await?;
+        let named = self.key(PATH_KEY).await?;
         let known = self.key("minor-allocation").await?;
         if known.rsplit_once(' ')?.0 != named {
             return None;
@@ -205,10 +205,7 @@ impl Acts<'_> {
         let _done_or_dead = self.give_number_away(number?, hold_ns).await;
         drop(turn);
         keeper.ensure().await;
-        let (Some(tapdisk), Some(minor)) = (keeper.alive(), opened.minor.get()) else { return None };
-        let path = format!("{}/physical-device-path", self.disk.paths.backend);
-        let named = self.machine.toolstack.port.write(&path, place_of(tapdisk.pid(), minor).as_bytes()).await;
-        named.inspect_err(|error| self.world.fail(Invariant::U1, format!("write {path}: {error:?}"))).ok()
+        Some(())
     }
 
     /// What xenstore has of the disk.
@@ -266,6 +263,7 @@ async fn given(world: World) {
     let script = Rc::clone(&keeper) as Rc<dyn Script>;
     let machine = Machine::through_tapback(&world, admin.limits, script);
     keeper.lives.replace(machine.starts());
+    keeper.store.replace(Some(machine.toolstack.port.clone()));
     machine.start_tapdisk();
     let setup = Setup::new(&world, kind, 0, DISK_BYTES);
     world.storage.put(TWIN, formats::content_of(&vec![0; DISK_BYTES as usize]));

@@ -13,8 +13,10 @@ use std::rc::Rc;
 use tap_control::FOLDER;
 use tap_core::wait::{Event as Flag, Semaphore};
 use tap_host::{Errno, Xenstore};
-use xen_model::VbdPaths;
+use xen_model::{VbdPaths, XenPort};
 
+/// Where xenstore names a disk.
+pub(super) const PATH_KEY: &str = "physical-device-path";
 /// How often tapdisk is killed at most.
 const KILLS: u32 = 3;
 
@@ -46,6 +48,8 @@ pub(super) struct Keeper {
     pub(super) careless: Cell<bool>,
     /// Counts the processes that serve guests, and those that give them their disks.
     pub(super) lives: RefCell<Rc<Cell<u32>>>,
+    /// The toolstack's xenstore, once there is one.
+    pub(super) store: RefCell<Option<XenPort>>,
     /// Set when the first tapdisk runs.
     pub(super) begun: Flag,
 }
@@ -69,6 +73,7 @@ impl Keeper {
             over: Cell::new(false),
             careless: Cell::new(false),
             lives: RefCell::default(),
+            store: RefCell::default(),
             begun: Flag::new(),
         })
     }
@@ -135,7 +140,24 @@ impl Keeper {
         let opens = image(&disk.setup.spec, &self.admin.limits);
         self.admin.persist(tapdisk, &format!("open {at} {read_only} {opens}")).await?;
         disk.at.set(Some(tapdisk.pid()));
+        self.name(tapdisk, disk).await;
         Some(())
+    }
+
+    /// A disk that has another number, or that tapback never found where xenstore names it, has to be named anew.
+    async fn name(&self, tapdisk: &Tapdisk, disk: &Opened) {
+        let (Some(store), Some(minor)) = (self.store.borrow().clone(), disk.minor.get()) else { return };
+        let key = async |key: &str| store.read(&format!("{}/{key}", disk.paths.backend)).await.ok();
+        let Some(named) = key(PATH_KEY).await else { return };
+        let known = key("minor-allocation").await.unwrap_or_default();
+        let is_known = known.starts_with(&[named.as_slice(), b" "].concat());
+        if is_known && named.ends_with(format!(".{minor}").as_bytes()) {
+            return;
+        }
+        let path = format!("{}/{PATH_KEY}", disk.paths.backend);
+        if let Err(error) = store.write(&path, place_of(tapdisk.pid(), minor).as_bytes()).await {
+            self.world.fail(Invariant::U1, format!("write {path}: {error:?}"));
+        }
     }
 
     /// A disk that was closed keeps its minor number in the process.
@@ -211,10 +233,9 @@ impl Keeper {
     pub(super) async fn check_named(&self, machine: &Machine, disk: &Attached) {
         let (Some(opened), Some(tapdisk)) = (self.opened(disk), self.alive()) else { return };
         let Some(minor) = opened.minor.get() else { return };
-        for (key, right) in [
-            ("physical-device-path", place_of(tapdisk.pid(), minor)),
-            ("kthread-pid", tapdisk.pid().to_string()),
-        ] {
+        for (key, right) in
+            [(PATH_KEY, place_of(tapdisk.pid(), minor)), ("kthread-pid", tapdisk.pid().to_string())]
+        {
             let found = machine.toolstack.port.read(&format!("{}/{key}", disk.paths.backend)).await;
             if found.as_deref() != Ok(right.as_bytes()) {
                 let found = found.map(|value| String::from_utf8_lossy(&value).into_owned());
