@@ -33,7 +33,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
         let request = Request::Resize { minor, size_bytes };
         let Resized { minor, size_sectors } = self.tapdisk(pid, args.timeout.into()).json(&request).await?;
         self.say(
-            &format!("size={}", size_sectors * SECTOR_BYTES),
+            &format!("size={}", size_sectors.saturating_mul(SECTOR_BYTES)),
             &json!({ "minor": minor, "size_sectors": size_sectors }),
         );
         Ok(())
@@ -45,6 +45,6 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
         let disk = list.disks.into_iter().find(|disk| disk.minor == minor);
         let sectors = disk.and_then(|disk| disk.size_sectors);
         let none = || Failure::new(Errno::EINVAL, format!("resize minor {minor}: it has no image open"));
-        Ok(sectors.ok_or_else(none)? * SECTOR_BYTES)
+        Ok(sectors.ok_or_else(none)?.saturating_mul(SECTOR_BYTES))
     }
 }

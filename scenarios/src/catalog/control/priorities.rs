@@ -16,6 +16,8 @@ use tap_host::IoPriority;
 pub(super) struct Allowed {
     /// One, unless it is being set.
     pub(super) any_of: Vec<Option<IoPriority>>,
+    /// What somebody has asked for who has no answer yet.
+    pub(super) asked: Option<Option<IoPriority>>,
     pub(super) is_open: bool,
     /// How often it was closed.
     pub(super) closes: u32,
@@ -23,7 +25,7 @@ pub(super) struct Allowed {
 
 impl Default for Allowed {
     fn default() -> Self {
-        Self { any_of: vec![None], is_open: true, closes: 0 }
+        Self { any_of: vec![None], asked: None, is_open: true, closes: 0 }
     }
 }
 
@@ -85,10 +87,10 @@ impl Priorities {
         self.change(number, |disk| disk.is_open = false);
     }
 
-    /// It is closed, and with that has no priority.
+    /// It is closed, and with that has no priority, unless one comes that is on its way.
     pub(super) fn closed(&self, number: u32) {
         self.change(number, |disk| {
-            disk.any_of = vec![None];
+            disk.any_of = std::iter::once(None).chain(disk.asked).collect();
             disk.closes += 1;
         });
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   resize ──► the disk has the new size   |   refused: it has the old one   |   killed: either
-//!        └── beside a pause, a close or a snapshot; tapdisk is killed; the power fails
+//!        └── beside a pause; tapdisk is killed; the power fails
 //! ```
 
 use super::Disk;

@@ -78,21 +78,26 @@ impl Sets {
         let sets = wanted.is_ok() || asked == "none";
         let wanted = wanted.ok();
         let before = priorities.of(number);
-        if sets && !before.any_of.contains(&wanted) {
-            priorities.change(number, |disk| disk.any_of.push(wanted));
+        if sets {
+            priorities.change(number, |disk| {
+                disk.any_of.push(wanted);
+                disk.asked = Some(wanted);
+            });
         }
         let option = if asked.is_empty() { String::new() } else { format!("--ionice {asked}") };
         let outcome = self.admin.ctl(&format!("set {} {option}", self.disk.at(&self.tapdisk))).await;
         if !self.tapdisk.is_alive() {
             return None;
         }
+        priorities.change(number, |disk| disk.asked = None);
         let after = priorities.of(number);
         // Closed meanwhile, it may have got the priority before or after that.
         let apart = before.closes != after.closes;
         match i32::from(outcome.status) {
             0 if apart && sets => priorities.change(number, |disk| disk.any_of = vec![None, wanted]),
             0 if sets => priorities.change(number, |disk| disk.any_of = vec![wanted]),
-            _ if sets && !apart => priorities.change(number, |disk| disk.any_of = before.any_of.clone()),
+            _ if sets && apart => priorities.change(number, |disk| disk.any_of = vec![None]),
+            _ if sets => priorities.change(number, |disk| disk.any_of = before.any_of.clone()),
             _ => {}
         }
         let right = match Errno(outcome.status.into()) {

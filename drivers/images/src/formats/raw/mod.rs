@@ -115,21 +115,30 @@ async fn create<H: ImageHost>(
     sync_name(host, path).await
 }
 
-/// Extends the file of `image` to `size_bytes`; the new part is a hole.
+/// Extends the file of `image` to `size_bytes`; the new part is a hole. A block device that has the size already is
+/// left as it is.
 ///
 /// # Errors
 /// [`ImageError`].
 async fn grow<H: ImageHost>(host: &H, image: &OpenImage<H>, size_bytes: u64) -> Result<(), ImageError> {
     let path = image.path.as_str();
     let file = ImageFile::open(host, path, &image.options).await?;
-    if file.info.block_device {
-        let what =
-            "it is a block device, whose size is not this program's to change; extend the device itself";
-        return Err(refused(path, FORMAT, what.to_owned()));
-    }
     let have_bytes = file.info.size_bytes.next_multiple_of(SECTOR_BYTES);
     // A file that does not end with a whole sector gets the rest of it.
     if grows((path, FORMAT), have_bytes, size_bytes)? || file.info.size_bytes < size_bytes {
+        if file.info.block_device {
+            let what =
+                "it is a block device, whose size is not this program's to change; extend the device itself";
+            return Err(refused(path, FORMAT, what.to_owned()));
+        }
+        let align_bytes = file.info.align_bytes;
+        if !size_bytes.is_multiple_of(align_bytes.into()) {
+            // It could not be opened again.
+            let what = format!(
+                "a size of {size_bytes} bytes is not a multiple of the {align_bytes} bytes that direct I/O needs"
+            );
+            return Err(refused(path, FORMAT, what));
+        }
         file.set_size(size_bytes).await.map_err(ImageError::io("set the size of", path))?;
     }
     if !host.bug(&GROWN_RAW_UNSYNCED) {

@@ -13,6 +13,13 @@ fn open(world: &World, write: bool, direct: bool) -> Result<Rc<Raw<World>>, Imag
     world.block_on(async move { Raw::open(&host, &image).await.map(Rc::new) })
 }
 
+fn grow_to(world: &World, path: &str, direct: bool, size_bytes: u64) -> Result<(), ImageError> {
+    let host = world.clone();
+    let options = OpenOptions { write: true, direct, ..OpenOptions::default() };
+    let image = OpenImage::alone(path, FORMAT, crate::Formats::shipped(), &options);
+    world.block_on(async move { grow(&host, &image, size_bytes).await })
+}
+
 fn submit(raw: &Raw<World>, op: Op, start: u64, bytes: &[u8]) -> impl Future<Output = Response> + use<> {
     let bufs: IoVec = if op == Op::Flush { IoVec::new() } else { smallvec![IoBuf::copy_of(bytes).unwrap()] };
     let range = SectorRange::new(start, (bytes.len() as u64 / SECTOR_BYTES) as u32);
@@ -486,4 +493,27 @@ fn nothing_is_known_ahead_after_a_write_was_dropped() {
         assert_eq!(map(&world, &raw, 1), [(64, true)]);
         assert_eq!(world.looks("/disk"), looks, "it may be carried out at any time");
     }
+}
+
+#[test]
+fn a_file_grows_to_sizes_with_which_it_can_be_opened() {
+    let world = World::new(1);
+    world.put("/disk", vec![7; 8192]);
+    world.set_align(4096);
+    let refused = grow_to(&world, "/disk", true, 8704).unwrap_err().to_string();
+    assert!(refused.contains("4096 bytes that direct I/O needs"), "{refused}");
+    assert_eq!(world.bytes("/disk"), vec![7; 8192]);
+    grow_to(&world, "/disk", true, 12_288).unwrap();
+    assert_eq!(open(&world, true, true).unwrap().info().size_sectors, 24);
+    grow_to(&world, "/disk", false, 12_800).unwrap();
+    assert_eq!(world.after_crash(0).bytes("/disk")[8190..8194], [7, 7, 0, 0]);
+}
+
+#[test]
+fn a_device_stays_as_large_as_it_is() {
+    let world = World::new(1);
+    world.put_device("/dev/disk", vec![7; 8192]);
+    grow_to(&world, "/dev/disk", false, 8192).unwrap();
+    let refused = grow_to(&world, "/dev/disk", false, 16_384).unwrap_err().to_string();
+    assert!(refused.contains("extend the device itself"), "{refused}");
 }

@@ -21,7 +21,7 @@ use tap_control::Refusal;
 use tap_control::json::{Happened, Resized};
 use tap_core::Node;
 use tap_host::{Errno, SECTOR_BYTES};
-use tap_images::Formats;
+use tap_images::{Formats, sync_file};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
@@ -48,6 +48,12 @@ impl<H: ControlledHost> Vbd<H> {
         self.may_resize(&open, size_bytes, &what)?;
         let size_sectors = size_bytes / SECTOR_BYTES;
         if open.disk.slot().info().size_sectors == size_sectors {
+            // The call that gave it the size may have failed to make that durable.
+            let spec = spec_of(&open.name.borrow(), &what)?;
+            if let DiskSpec::Image(image) = spec {
+                let synced = sync_file(&open.files, &image.path).await;
+                synced.map_err(|error| Refusal::new(error.errno(), format!("{what}: {error}")))?;
+            }
             return Ok(Resized { minor: self.minor, size_sectors });
         }
         // From now on no guest is connected.
@@ -69,10 +75,14 @@ impl<H: ControlledHost> Vbd<H> {
         open.check_file(settings, what).await?;
         let (name, size_sectors) = (open.name.borrow().clone(), size_bytes / SECTOR_BYTES);
         self.park_for(settings, open).await?;
-        let grown = match open.check_file(settings, what).await {
-            Ok(()) => open.grow(&name, size_bytes, what).await,
-            Err(why) => Err(why),
-        };
+        if let Err(why) = open.check_file(settings, what).await {
+            // Nobody has asked for the other file.
+            open.grows_to.take();
+            open.stage.set(Stage::Stranded);
+            self.tell(settings, Happened::Stranded);
+            return Err(Refusal::new(why.error, format!("{}; it stays paused", why.words)));
+        }
+        let grown = open.grow(&name, size_bytes, what).await;
         if grown.is_err() && settings.host.bug(&RESIZE_REFUSED_STAYS) {
             return grown.map(|()| Resized { minor: self.minor, size_sectors });
         }
@@ -152,8 +162,10 @@ impl<H: ControlledHost> Open<H> {
     /// `image` is that of the disk, which is paused, opened again: it may have become larger, whatever was said about
     /// that.
     pub(super) fn grow_with(&self, settings: &Settings<H>, image: &dyn Node) {
-        let size_sectors = image.info().size_sectors;
-        if self.grows_to.get() == Some(size_sectors) && !settings.host.bug(&RESIZED_UNKNOWN) {
+        let (size_sectors, have_sectors) = (image.info().size_sectors, self.disk.slot().info().size_sectors);
+        // A device may have another size than was asked for: whoever extends it.
+        let grew = self.grows_to.get().is_some() && size_sectors > have_sectors;
+        if grew && !settings.host.bug(&RESIZED_UNKNOWN) {
             self.disk.grow_parked(size_sectors);
         }
     }
