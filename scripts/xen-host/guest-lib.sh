@@ -55,3 +55,19 @@ disk_old_fs() {
 disk_hash() {
     echo "@guest sha256 of $1: $(dd if="/dev/$1" bs=128k iflag=direct 2> /dev/null | sha256sum | cut -d ' ' -f 1)"
 }
+
+# disks_load DISK OTHER: disk-load on both disks at the same time, until it is told on the console to stop; then their
+# hashes.
+disks_load() {
+    # Open at both ends, so that neither side waits for the other.
+    mkfifo /tmp/stop
+    exec 3<> /tmp/stop
+    disk-load verify "/dev/$2" --depth 2 --until-told --seed 2 < /tmp/stop > /tmp/other 2>&1 &
+    local other=$!
+    disk-load verify "/dev/$1" --depth 8 --until-told
+    echo stop >&3
+    wait "$other" || { tail -n 20 /tmp/other; return 1; }
+    tail -n 1 /tmp/other
+    disk_hash "$1"
+    disk_hash "$2"
+}

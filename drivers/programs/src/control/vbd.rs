@@ -115,8 +115,8 @@ struct Open<H: ControlledHost> {
     stage: Cell<Stage>,
     /// The file of its image, if it is one.
     file: Cell<Option<FileId>>,
-    /// The size that its image is to have, or may have already, in sectors.
-    grows_to: Cell<Option<u64>>,
+    /// Its image becomes larger, or may have become so although that failed.
+    grows: Cell<bool>,
     disk: Rc<Disk<H>>,
     /// What its users use.
     node: Rc<dyn Node>,
@@ -251,7 +251,7 @@ impl<H: ControlledHost> Vbd<H> {
             name: RefCell::new(name),
             stage: Cell::new(Stage::Running),
             file,
-            grows_to: Cell::new(None),
+            grows: Cell::new(false),
             disk,
             node,
             guests: RefCell::default(),
@@ -410,7 +410,7 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: {error}")));
         }
         open.stage.set(Stage::Running);
-        open.grows_to.take();
+        open.grows.set(false);
         open.file.set(file_of(&files, name).await);
         if !settings.host.bug(&RESUME_KEEPS_NAME) {
             name.clone_into(&mut open.name.borrow_mut());

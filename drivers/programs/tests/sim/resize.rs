@@ -2,6 +2,8 @@
 
 use crate::control::{Admin, read, write};
 use crate::world;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use tap_host::{Errno, SECTOR_BYTES};
 
 const MIB: u64 = 1 << 20;
@@ -70,4 +72,40 @@ fn a_disk_that_does_not_grow_says_why_and_goes_on() {
         assert_eq!(read(&admin.client(pid, 0).await, 5).await, 1);
         assert_eq!(kernel.storage().bytes("/a").unwrap().len() as u64, MIB);
     });
+}
+
+#[test]
+fn a_file_that_takes_the_name_meanwhile_is_neither_grown_nor_used() {
+    let stayed = Rc::new(Cell::new(0));
+    for after_ns in (0..300_000).step_by(10_000) {
+        let count = Rc::clone(&stayed);
+        world(move |sim, kernel, xen| async move {
+            kernel.storage().put_bytes("/a", &[1; MIB as usize]);
+            let admin = Admin::new(&sim, &kernel, &xen);
+            let pid = admin.create("raw:/a").await;
+            let disk = admin.client(pid, 0).await;
+            assert_eq!(write(&disk, 3, 7).await, Ok(()));
+            let (own, ended) = (Rc::clone(&admin), Rc::new(RefCell::new(None)));
+            let put = Rc::clone(&ended);
+            sim.spawn("resize", 0, async move {
+                let outcome = own.ctl(&format!("resize -p {pid} -m 0 -s 2M")).await;
+                *put.borrow_mut() = Some(outcome);
+            });
+            sim.sleep_ns(after_ns).await;
+            kernel.storage().rename("/a", "/c");
+            kernel.storage().put_bytes("/a", &[3; MIB as usize]);
+            sim.sleep_ns(1_000_000_000).await;
+            let (status, words) = ended.borrow().clone().unwrap();
+            assert_eq!(kernel.storage().bytes("/a").unwrap(), vec![3; MIB as usize], "{after_ns}: {words}");
+            if words.contains("it stays paused") {
+                assert_eq!(i32::from(status), Errno::ESTALE.0);
+                // With its own file it goes on.
+                kernel.storage().rename("/c", "/a");
+                admin.done(&format!("unpause -p {pid} -m 0")).await;
+                assert_eq!(read(&disk, 3).await, 7);
+                count.set(count.get() + 1);
+            }
+        });
+    }
+    assert!(stayed.get() > 0, "no exchange came while the disk was drained");
 }

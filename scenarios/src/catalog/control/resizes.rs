@@ -14,9 +14,7 @@ use crate::formats;
 use crate::world::World;
 use kernel_model::SimHost;
 use sim::Entity;
-use std::rc::Rc;
 use tap_control::FOLDER;
-use tap_core::wait::joined;
 use tap_core::{Node as _, Request};
 use tap_host::{Errno, IoBuf, SECTOR_BYTES, SectorRange, SocketAddress, select};
 use tap_nbd::{Client, ClientConfig};
@@ -63,7 +61,7 @@ impl Acts<'_> {
         let step = STEPS[(hold_ns >> 4) as usize % STEPS.len()];
         match hold_ns >> 1 & 7 {
             0 => self.refused_resizes(disk).await,
-            1 | 2 => self.resize_beside(disk, hold_ns, step, "pause").await,
+            1 | 2 => self.resize_beside(disk, hold_ns, step).await,
             3 => self.resize_renamed(disk, step).await,
             _ => {
                 let dies = |d: &mut sim::Draw| if d.below(3) == 0 { 1 + d.below(60) } else { 0 };
@@ -155,25 +153,11 @@ impl Acts<'_> {
         self.runs(disk).await
     }
 
-    /// A resize and another call at the same time.
-    async fn resize_beside(&self, disk: &Disk, hold_ns: u64, step: u64, other: &str) -> Act {
+    /// A resize and a pause at the same time.
+    async fn resize_beside(&self, disk: &Disk, hold_ns: u64, step: u64) -> Act {
         let (line, to) = self.line_of_resize(disk, step);
-        let lines = [line.clone(), format!("{other} {}", disk.at(self.tapdisk))];
-        let mut ends = Vec::new();
-        for (n, line) in (0..).zip(lines) {
-            let (admin, sim) = (Rc::clone(self.admin), self.world.sim.clone());
-            let (task, end) = joined(async move {
-                // Either may be the first.
-                sim.sleep_ns(if n == hold_ns % 2 { hold_ns >> 8 } else { 0 }).await;
-                admin.ctl(&line).await
-            });
-            self.world.sim.spawn("beside", n, task);
-            ends.push(end);
-        }
-        let mut outcomes = Vec::new();
-        for end in ends {
-            outcomes.extend(end.await);
-        }
+        let outcomes =
+            self.at_once([line.clone(), format!("pause {}", disk.at(self.tapdisk))], hold_ns).await;
         if !self.tapdisk.is_alive() {
             return None;
         }

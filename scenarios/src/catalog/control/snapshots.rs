@@ -19,7 +19,6 @@ use crate::world::World;
 use kernel_model::faults::FaultPlan;
 use kernel_model::{Inode, StorageConfig};
 use sim::{Entity, Label};
-use tap_core::wait::joined;
 use tap_host::Errno;
 use tap_images::{ImageSpec, MAX_CHAIN, mark_of, resolve};
 
@@ -423,21 +422,7 @@ impl Acts<'_> {
         let pending = disk.plan(self.world, true);
         *disk.pending.borrow_mut() = Some(pending.clone());
         let lines = [self.line(disk, &pending), format!("pause {}", disk.at(self.tapdisk))];
-        let mut ends = Vec::new();
-        for (n, line) in (0..).zip(lines) {
-            let (admin, sim) = (std::rc::Rc::clone(self.admin), self.world.sim.clone());
-            let (task, end) = joined(async move {
-                // Either may be the first.
-                sim.sleep_ns(if n == hold_ns % 2 { hold_ns >> 8 } else { 0 }).await;
-                admin.ctl(&line).await
-            });
-            self.world.sim.spawn("beside", n, task);
-            ends.push(end);
-        }
-        let mut outcomes = Vec::new();
-        for end in ends {
-            outcomes.extend(end.await);
-        }
+        let outcomes = self.at_once(lines, hold_ns).await;
         if !self.tapdisk.is_alive() {
             return None;
         }

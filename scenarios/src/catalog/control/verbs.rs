@@ -70,6 +70,25 @@ pub(super) struct Acts<'a> {
 pub(super) type Act = Option<()>;
 
 impl Acts<'_> {
+    /// Two commands at the same time, either of which may be the first; how they ended, in their order.
+    pub(super) async fn at_once(&self, lines: [String; 2], hold_ns: u64) -> Vec<Outcome> {
+        let mut ends = Vec::new();
+        for (n, line) in (0..).zip(lines) {
+            let (admin, sim) = (Rc::clone(self.admin), self.world.sim.clone());
+            let (task, end) = joined(async move {
+                sim.sleep_ns(if n == hold_ns % 2 { hold_ns >> 8 } else { 0 }).await;
+                admin.ctl(&line).await
+            });
+            self.world.sim.spawn("beside", n, task);
+            ends.push(end);
+        }
+        let mut outcomes = Vec::new();
+        for end in ends {
+            outcomes.extend(end.await);
+        }
+        outcomes
+    }
+
     pub(super) async fn act(&self, entity: Entity, act: u64, disk: &Disk, hold_ns: u64) -> Act {
         match act {
             1 => self.pause_and(disk, hold_ns, "", 0).await,

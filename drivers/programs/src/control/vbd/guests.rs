@@ -140,7 +140,7 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() == Stage::Closing {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: it is being closed")));
         }
-        if open.grows_to.get().is_some() {
+        if open.grows.get() {
             return Err(Refusal::new(Errno::EAGAIN, format!("{what}: it is being made larger")));
         }
         let info = open.disk.slot().info();

@@ -57,10 +57,10 @@ impl<H: ControlledHost> Vbd<H> {
             return Ok(Resized { minor: self.minor, size_sectors });
         }
         // From now on no guest is connected.
-        open.grows_to.set(Some(size_sectors));
+        open.grows.set(true);
         let outcome = self.resize_to(settings, &open, size_bytes, &what).await;
         if open.stage.get() == Stage::Running {
-            open.grows_to.take();
+            open.grows.set(false);
         }
         outcome
     }
@@ -77,7 +77,7 @@ impl<H: ControlledHost> Vbd<H> {
         self.park_for(settings, open).await?;
         if let Err(why) = open.check_file(settings, what).await {
             // Nobody has asked for the other file.
-            open.grows_to.take();
+            open.grows.set(false);
             open.stage.set(Stage::Stranded);
             self.tell(settings, Happened::Stranded);
             return Err(Refusal::new(why.error, format!("{}; it stays paused", why.words)));
@@ -164,7 +164,7 @@ impl<H: ControlledHost> Open<H> {
     pub(super) fn grow_with(&self, settings: &Settings<H>, image: &dyn Node) {
         let (size_sectors, have_sectors) = (image.info().size_sectors, self.disk.slot().info().size_sectors);
         // A device may have another size than was asked for: whoever extends it.
-        let grew = self.grows_to.get().is_some() && size_sectors > have_sectors;
+        let grew = self.grows.get() && size_sectors > have_sectors;
         if grew && !settings.host.bug(&RESIZED_UNKNOWN) {
             self.disk.grow_parked(size_sectors);
         }
