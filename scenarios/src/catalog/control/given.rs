@@ -142,6 +142,8 @@ impl Acts<'_> {
     /// A disk that a guest uses is not closed.
     async fn refuse_close(&self) -> Option<()> {
         let opened = self.keeper.opened(self.disk)?;
+        // Not while the disk is opened: the keeper would take it for open, although it was closed since.
+        let turn = self.keeper.turn.acquire().await;
         let is_connected = || self.world.xen.mapped_from(self.disk.dom) > 0;
         let before = is_connected();
         let status = self.ctl("close").await?;
@@ -149,9 +151,11 @@ impl Acts<'_> {
             let text = format!("tap-ctl close of a disk that a guest uses ended with {status}");
             self.world.fail(Invariant::U1, text);
         }
-        if status == 0 {
+        // It is closed although its image could not be, with EIO.
+        if i32::from(status) != Errno::EBUSY.0 {
             opened.at.set(None);
             self.keeper.away.set(true);
+            drop(turn);
             self.keeper.ensure().await;
         }
         Some(())
@@ -162,10 +166,7 @@ impl Acts<'_> {
     async fn other_image(&self, hold_ns: u64) -> Option<()> {
         let opened = self.keeper.opened(self.disk)?;
         let turn = self.keeper.turn.acquire().await;
-        self.keeper.away.set(true);
-        self.keeper.repeated();
-        if self.ctl("close -f").await? == 0 {
-            opened.at.set(None);
+        if self.keeper.take(self.disk).await? == 0 {
             let wrong = match hold_ns % 2 {
                 0 => format!("-a raw:{OTHER} -D"),
                 _ => format!("{} -R", image(&opened.setup.spec, &self.keeper.admin.limits)),
@@ -194,15 +195,16 @@ impl Acts<'_> {
         if known.rsplit_once(' ')?.0 != named {
             return None;
         }
-        keeper.away.set(true);
-        keeper.repeated();
         // The turn ends whatever became of it: another tapdisk may have to open the disks.
-        let number = match self.ctl("close -f").await {
+        let number = match keeper.take(self.disk).await {
             Some(0) => opened.minor.take(),
-            _ => return None,
+            _ => None,
         };
-        opened.at.set(None);
-        let _done_or_dead = self.give_number_away(number?, hold_ns).await;
+        opened.freed.set(number.is_some());
+        let _done_or_dead = match number {
+            Some(number) => self.give_number_away(number, hold_ns).await,
+            None => None,
+        };
         drop(turn);
         keeper.ensure().await;
         Some(())

@@ -26,6 +26,8 @@ pub(super) struct Opened {
     pub(super) setup: Setup,
     pub(super) read_only: bool,
     pub(super) minor: Cell<Option<u16>>,
+    /// Its number was freed, and xenstore does not name its new one yet.
+    pub(super) freed: Cell<bool>,
     pub(super) at: Cell<Option<u32>>,
 }
 
@@ -151,11 +153,16 @@ impl Keeper {
         let Some(named) = key(PATH_KEY).await else { return };
         let known = key("minor-allocation").await.unwrap_or_default();
         let is_known = known.starts_with(&[named.as_slice(), b" "].concat());
-        if is_known && named.ends_with(format!(".{minor}").as_bytes()) {
+        if !disk.freed.get() && is_known && named.ends_with(format!(".{minor}").as_bytes()) {
             return;
         }
         let path = format!("{}/{PATH_KEY}", disk.paths.backend);
-        if let Err(error) = store.write(&path, place_of(tapdisk.pid(), minor).as_bytes()).await {
+        let written = store.write(&path, place_of(tapdisk.pid(), minor).as_bytes()).await;
+        if disk.freed.replace(false) {
+            // The number may be the old one, which tapback does not take.
+            let _there_or_not = store.remove(&format!("{}/minor-allocation", disk.paths.backend)).await;
+        }
+        if let Err(error) = written {
             self.world.fail(Invariant::U1, format!("write {path}: {error:?}"));
         }
     }
@@ -213,16 +220,26 @@ impl Keeper {
 
     /// Takes the disk from its guest, which waits, and opens it again.
     pub(super) async fn force_closed(&self, disk: &Attached, hold_ns: u64) -> Option<()> {
-        let opened = self.opened(disk)?;
         let turn = self.turn.acquire().await;
-        self.away.set(true);
-        self.repeated();
-        self.ctl(disk, "close -f").await?;
-        opened.at.set(None);
+        self.take(disk).await?;
         self.world.sim.sleep_ns(hold_ns).await;
         drop(turn);
         self.ensure().await;
         Some(())
+    }
+
+    /// Takes the disk from its guest. Requests are submitted until it is gone: what is left then is carried out again,
+    /// although some of it may have been carried out without an answer. `None` if the tapdisk died meanwhile.
+    pub(super) async fn take(&self, disk: &Attached) -> Option<u8> {
+        self.away.set(true);
+        let opened = self.opened(disk)?;
+        let status = self.ctl(disk, "close -f").await;
+        self.repeated();
+        // It is closed although its image could not be, with EIO.
+        if status.is_some() {
+            opened.at.set(None);
+        }
+        status
     }
 
     pub(super) fn opened(&self, disk: &Attached) -> Option<Rc<Opened>> {
@@ -251,7 +268,14 @@ impl Script for Keeper {
             let known = self.opened(disk);
             let opened = known.unwrap_or_else(|| {
                 let (paths, setup, read_only) = (disk.paths.clone(), disk.setup.clone(), disk.read_only);
-                let opened = Opened { paths, setup, read_only, minor: Cell::new(None), at: Cell::new(None) };
+                let opened = Opened {
+                    paths,
+                    setup,
+                    read_only,
+                    minor: Cell::new(None),
+                    freed: Cell::new(false),
+                    at: Cell::new(None),
+                };
                 let opened = Rc::new(opened);
                 self.disks.borrow_mut().push(Rc::clone(&opened));
                 opened
