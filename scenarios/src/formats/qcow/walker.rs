@@ -77,7 +77,7 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
         return broken(Invariant::Q2, format!("the L1 table of {l1_entries} entries is not within the file"));
     }
     let mut owners = Owners::new(cluster_bits);
-    take_front(&mut owners, &map, (l1_entries * 8).max(1), name)?;
+    take_front(&mut owners, content, &map, (l1_entries * 8).max(1), name)?;
     let mut table = vec![0; (l1_entries * 8) as usize];
     content.pages.read(map.root_at, &mut table);
     check_sum(content, &map, &table)?;
@@ -90,21 +90,26 @@ pub(super) fn walk(content: &Content) -> Result<ImageMap, Broken> {
         }
     }
     // QEMU writes an L1 table in whole sectors, wherever it begins.
-    owners.fill(map.root_at..map.root_at + (l1_entries * 8).next_multiple_of(SECTOR_BYTES));
+    let start = if map.root_at <= L1_IN_FRONT { 0 } else { map.root_at };
+    owners.fill(start..map.root_at + (l1_entries * 8).next_multiple_of(SECTOR_BYTES));
     owners.finish(content, &mut map)?;
     Ok(map)
 }
 
 /// The header, the L1 table of `l1_bytes` and the backing file's name. A new image has them together at its front, with
-/// the name in between or in separate space. The L1 table of a disk that has grown is somewhere behind them.
+/// the name in between or in separate space. The L1 table of a disk that has grown is somewhere behind them, perhaps
+/// where that of a new image can be, with tables of the smaller disk in between.
 fn take_front(
     owners: &mut Owners,
+    content: &Content,
     map: &ImageMap,
     l1_bytes: u64,
     name: Option<(u64, u64)>,
 ) -> Result<(), Broken> {
     let is_between = |(at, len): (u64, u64)| at >= HEADER_BYTES && at + len <= map.root_at;
-    if map.root_at <= L1_IN_FRONT {
+    let front = name.filter(|name| is_between(*name)).map_or(HEADER_BYTES, |(at, len)| at + len);
+    let joined = front.next_multiple_of(1 << map.cluster_bits) > map.root_at || is_extended(content, map);
+    if map.root_at <= L1_IN_FRONT && joined {
         owners.take(0, map.root_at + l1_bytes, || "the header".into())?;
         return match name.filter(|name| !is_between(*name)) {
             Some((at, len)) => owners.take(at, len.max(1), || "the name of the backing file".into()),
@@ -116,13 +121,21 @@ fn take_front(
     owners.take(map.root_at, l1_bytes, || "the L1 table".into())
 }
 
-/// The checksum in Xen's extended header, if there is one: right, or cleared.
-fn check_sum(content: &Content, map: &ImageMap, table: &[u8]) -> Result<(), Broken> {
+/// Magic number and checksum of Xen's extended header, if there is one.
+fn extended_words(content: &Content) -> [u32; 2] {
     let mut words = [0; 8];
     content.pages.read(HEADER_BYTES, &mut words);
-    let word = |at: usize| u32::from_be_bytes(words[at..at + 4].try_into().expect("four bytes"));
-    let extended = word(0) == XEN_MAGIC && map.root_at.is_multiple_of(4096);
-    if extended && word(4) != 0 && word(4) != checksum(table) {
+    [0, 4].map(|at| u32::from_be_bytes(words[at..at + 4].try_into().expect("four bytes")))
+}
+
+fn is_extended(content: &Content, map: &ImageMap) -> bool {
+    extended_words(content)[0] == XEN_MAGIC && map.root_at.is_multiple_of(4096)
+}
+
+/// The checksum in Xen's extended header, if there is one: right, or cleared.
+fn check_sum(content: &Content, map: &ImageMap, table: &[u8]) -> Result<(), Broken> {
+    let sum = extended_words(content)[1];
+    if is_extended(content, map) && sum != 0 && sum != checksum(table) {
         return broken(
             Invariant::Q6,
             "the checksum in the extended header is that of an older L1 table".into(),
