@@ -107,8 +107,16 @@ impl Machine {
             Err(error) => return Err(error),
         }
         if let Some(script) = &self.script {
-            let path = script.add(disk).await;
-            port.write(&format!("{back}/physical-device-path"), path.as_bytes()).await?;
+            let mut path = script.add(disk).await;
+            loop {
+                port.write(&format!("{back}/physical-device-path"), path.as_bytes()).await?;
+                // Its tapdisk may have died before it could be named, and another one have it.
+                let now = script.add(disk).await;
+                if now == path {
+                    break;
+                }
+                path = now;
+            }
         }
         port.write(&format!("{back}/hotplug-status"), b"connected").await?;
         Ok(None)
