@@ -7,6 +7,8 @@
 //!        └──────── 6 Closed ◄─ (back end 5 or 6) ◄─ 5 Closing ◄── reconnect(), close() ────────┘
 //! ```
 //!
+//! A back end that writes its state 4 again has another size for the disk in use (`size.rs`).
+//!
 //! The shadow keeps each request until its response has arrived. As in Linux, every request of the shadow is put
 //! unchanged on a new ring (after a driver reload, or a resume); so a back end may see a request that its predecessor
 //! had already carried out.
@@ -18,13 +20,15 @@
 
 mod data;
 mod reset;
+mod size;
+mod slots;
 
 pub use data::{DataPiece, DataPieces, SegmentLayout};
 
 use data::{discard, is_poisoned, pages_for, poison};
 use sim::Node;
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
@@ -66,6 +70,8 @@ pub struct Published {
 }
 /// Called with it at each connect.
 pub type OnPublished = Rc<dyn Fn(&Published)>;
+/// Called with the size that the back end publishes for the disk in use, in sectors.
+pub type OnResized = Rc<dyn Fn(u64)>;
 /// What it writes to xenstore at its n-th connect, from 0.
 pub type KeysOf = Rc<dyn Fn(u32) -> FrontKeys>;
 
@@ -89,6 +95,11 @@ struct Inner {
     keys: RefCell<Option<KeysOf>>,
     lingers: RefCell<Option<LingersOf>>,
     on_published: RefCell<Option<OnPublished>>,
+    on_resized: RefCell<Option<OnResized>>,
+    /// Of its disk, as it was published last.
+    size_sectors: Cell<u64>,
+    /// Wakers for another size.
+    resized: RefCell<Vec<Waker>>,
     /// It asks the back end about discards, and the back end takes them.
     asks_for_discards: Cell<bool>,
     discards: Cell<bool>,
@@ -101,7 +112,10 @@ struct Inner {
     open: Cell<bool>,
     shadow: RefCell<Vec<Shadow>>,
     free: RefCell<Vec<usize>>,
-    waiting: RefCell<VecDeque<Waker>>,
+    /// Of those who asked for a slot, the number of the next, and whose turn it is.
+    tickets: Cell<u64>,
+    turn: Cell<u64>,
+    waiting: RefCell<BTreeMap<u64, Waker>>,
     connects: Cell<u32>,
     /// The ring is being released: the task that takes responses stops.
     closing: Cell<bool>,
@@ -131,6 +145,9 @@ impl Blkfront {
             keys: RefCell::default(),
             lingers: RefCell::default(),
             on_published: RefCell::default(),
+            on_resized: RefCell::default(),
+            size_sectors: Cell::new(0),
+            resized: RefCell::default(),
             asks_for_discards: Cell::new(false),
             discards: Cell::new(false),
             counted: Cell::new(false),
@@ -139,6 +156,8 @@ impl Blkfront {
             open: Cell::new(false),
             shadow: RefCell::new((0..SLOTS).map(|_| Shadow::default()).collect()),
             free: RefCell::new((0..SLOTS).rev().collect()),
+            tickets: Cell::new(0),
+            turn: Cell::new(0),
             waiting: RefCell::default(),
             connects: Cell::new(0),
             closing: Cell::new(false),
@@ -209,8 +228,10 @@ impl Blkfront {
         let look = this.on_published.borrow().clone();
         look.into_iter().for_each(|look| look(&published));
         this.discards.set(published.discards);
+        this.set_size(published.sectors.unwrap_or(0));
         this.set_state(4).await?;
         this.connects.set(this.connects.get() + 1);
+        self.watch_size();
         this.open.set(true);
         for shadow in this.shadow.borrow().iter() {
             if let (Some(request), None) = (&shadow.request, shadow.status)
@@ -221,8 +242,7 @@ impl Blkfront {
         }
         ring.publish();
         // Tasks that waited for a ring continue.
-        let waiting = std::mem::take(&mut *this.waiting.borrow_mut());
-        waiting.into_iter().for_each(Waker::wake);
+        self.wake_next();
         let (me, responses) = (self.clone(), Rc::clone(&ring));
         this.closing.set(false);
         this.serving.set(true);
@@ -385,34 +405,6 @@ impl Blkfront {
         .await;
     }
 
-    async fn slot(&self) -> usize {
-        let mut waited = false;
-        poll_fn(|cx| {
-            if self.0.open.get()
-                && let Some(slot) = self.0.free.borrow_mut().pop()
-            {
-                return Poll::Ready(slot);
-            }
-            // A task that was woken and found nothing is first in line again.
-            let mut waiting = self.0.waiting.borrow_mut();
-            if waited {
-                waiting.push_front(cx.waker().clone());
-            } else {
-                waiting.push_back(cx.waker().clone());
-            }
-            waited = true;
-            Poll::Pending
-        })
-        .await
-    }
-
-    fn wake_one(&self) {
-        let next = self.0.waiting.borrow_mut().pop_front();
-        if let Some(waker) = next {
-            waker.wake();
-        }
-    }
-
     /// Submits one request. `fill` puts the bytes of a write into pieces of granted pages, `look` sees those of a read
     /// in them.
     /// A flush with sectors carries data: with the answer everything before it and the data are durable.
@@ -429,7 +421,7 @@ impl Blkfront {
         let slot = self.slot().await;
         let result = self.io_in(slot, kind, range, fill, look).await;
         self.0.free.borrow_mut().push(slot);
-        self.wake_one();
+        self.wake_next();
         result
     }
 

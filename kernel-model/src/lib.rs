@@ -37,7 +37,7 @@ mod traced;
 pub use blkback::Blkback;
 pub use blkfront::{
     BLKFRONT_MAX_SECTORS, Blkfront, Complaint, DataPiece, DataPieces, KeysOf, LayoutOf, LingersOf,
-    OnPublished, Published, SegmentLayout,
+    OnPublished, OnResized, Published, SegmentLayout,
 };
 pub use blktap::{ProcessTap, TapCall, TapKind, TapLayoutOf, TapModule, TapTrouble};
 pub use device_number::DeviceNumber;

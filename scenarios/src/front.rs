@@ -74,8 +74,13 @@ impl Attached {
             error: None,
             hotplug: Some("connected".into()),
         };
-        let world = world.clone();
+        let (world, setup) = (world.clone(), self.setup.clone());
         Rc::new(move |published| {
+            let mut truth = truth.clone();
+            if let Some(sectors) = published.sectors.filter(|_| setup.may_grow) {
+                setup.published(&world, sectors);
+                truth.sectors = Some(sectors);
+            }
             if *published != truth {
                 world.fail(
                     Invariant::F1,
@@ -100,6 +105,10 @@ impl Attached {
         front.set_layout(segment_layout(world));
         front.set_keys(front_keys(world, self));
         front.on_published(self.truth(world));
+        if self.setup.may_grow {
+            let (world, setup) = (world.clone(), self.setup.clone());
+            front.on_resized(Rc::new(move |sectors| setup.published(&world, sectors)));
+        }
         front.set_lingers(lingers(world, self));
         front
     }

@@ -99,11 +99,20 @@ impl StandIn {
     /// # Errors
     /// [`Unfit`] if it cannot promise them; it is still open then.
     pub fn over(node: Rc<dyn Node>, promised: NodeInfo) -> Result<Rc<dyn Node>, Unfit> {
+        let (old, new) = (promised.size_sectors, node.info().size_sectors);
+        if new == old { Self::within(node, promised) } else { Err(Unfit::Size { old, new }) }
+    }
+
+    /// As [`StandIn::over`], but `node` may be larger: what is behind the promised end is not shown.
+    ///
+    /// # Errors
+    /// [`Unfit`] if it cannot promise them; it is still open then.
+    pub fn within(node: Rc<dyn Node>, promised: NodeInfo) -> Result<Rc<dyn Node>, Unfit> {
         let own = node.info();
         if own == promised {
             return Ok(node);
         }
-        if own.size_sectors != promised.size_sectors {
+        if own.size_sectors < promised.size_sectors {
             return Err(Unfit::Size { old: promised.size_sectors, new: own.size_sectors });
         }
         if own.read_only != promised.read_only {
@@ -218,6 +227,15 @@ impl<H: Time + Tasks + Log + Probe> Disk<H> {
         Ok(fit)
     }
 
+    /// As [`Disk::fit`], but `image` may be larger than the disk, which keeps its size: nobody knows yet whether that
+    /// of the image is durable.
+    ///
+    /// # Errors
+    /// [`Unfit`]; `image` is still open.
+    pub fn fit_larger(&self, image: Rc<dyn Node>) -> Result<Rc<dyn Node>, Unfit> {
+        StandIn::within(image, self.image_info().get())
+    }
+
     /// Gives a parked disk `image`, which [`Disk::fit`] has returned, and lets requests through.
     ///
     /// # Errors
@@ -297,7 +315,8 @@ mod tests {
         disk.grow_parked(old + 8);
         assert_eq!(disk.slot().info().size_sectors, old + 8);
         let small = Rc::new(Script::default()) as Rc<dyn Node>;
-        assert_eq!(disk.fit(small).err(), Some(Unfit::Size { old: old + 8, new: old }));
+        assert_eq!(disk.fit(Rc::clone(&small)).err(), Some(Unfit::Size { old: old + 8, new: old }));
+        assert_eq!(disk.fit_larger(small).err(), Some(Unfit::Size { old: old + 8, new: old }));
     }
 
     #[test]
@@ -343,6 +362,9 @@ mod tests {
             offered(NodeInfo::new(999, false)).map_err(|unfit| unfit.to_string()),
             Err("it has 999 sectors, and the disk has 1000".to_owned())
         );
+        let larger = || Rc::new(Like(NodeInfo::new(1001, false)));
+        assert_eq!(StandIn::over(larger(), old).err(), Some(Unfit::Size { old: 1000, new: 1001 }));
+        assert_eq!(StandIn::within(larger(), old).map(|node| node.info()), Ok(old));
         assert_eq!(offered(NodeInfo::new(1000, true)), Err(Unfit::Mode { read_only: true }));
         assert_eq!(offered(NodeInfo { durable: Durable::AtClose, ..old }), Err(Unfit::Durability));
         let strict = NodeInfo { durable: Durable::AtAnswer, ..old };

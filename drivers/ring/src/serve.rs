@@ -17,6 +17,7 @@ tap_host::listed! {
     FLUSH_DATA_EARLY = "flush-data-early",
         "the data of a flush is written before what the flush covers is durable";
     FLUSH_WRITES_FROZEN = "flush-writes-frozen", "a flush with data is carried out on a read-only disk";
+    RING_SIZE_KEPT = "ring-size-kept", "a ring refuses what lies past the end that its disk had at first";
 }
 
 tap_host::listed! {
@@ -30,7 +31,8 @@ pub(crate) struct Target<H, P> {
     pub(crate) peer: P,
     node: Rc<dyn Node>,
     vbd: VbdId,
-    size_sectors: u64,
+    /// What the disk had when it was looked at last; it may be larger by now, and never smaller.
+    size_sectors: Cell<u64>,
     read_only: bool,
     /// Every change is durable when it is answered.
     pub(crate) write_through: Cell<bool>,
@@ -45,7 +47,7 @@ impl<H: Log + Probe, P: Peer<H>> Target<H, P> {
             peer,
             node,
             vbd,
-            size_sectors: info.size_sectors,
+            size_sectors: Cell::new(info.size_sectors),
             read_only: info.read_only || read_only,
             write_through: Cell::new(false),
             completions: Completions::default(),
@@ -56,8 +58,18 @@ impl<H: Log + Probe, P: Peer<H>> Target<H, P> {
     pub(crate) fn look_at(&self, entry: &[u8; ENTRY_BYTES]) -> Result<P::Request, Bad> {
         let request = self.peer.parse(entry)?;
         let flush_slips = request.kind() == Kind::Flush && self.host.bug(&FLUSH_WRITES_FROZEN);
-        check(&request, self.size_sectors, self.read_only && !flush_slips).map_err(Bad::Answer)?;
+        let inside = request.count() == 0 || self.has(SectorRange::new(request.sector(), request.count()));
+        check(&request, inside, self.read_only && !flush_slips).map_err(Bad::Answer)?;
         Ok(request)
+    }
+
+    /// Whether the disk has all of `range`.
+    fn has(&self, range: SectorRange) -> bool {
+        if !range.fits(self.size_sectors.get()) && !self.host.bug(&RING_SIZE_KEPT) {
+            // A disk has another size only once its image has it, durably.
+            self.size_sectors.set(self.node.info().size_sectors);
+        }
+        range.fits(self.size_sectors.get())
     }
 
     pub(crate) fn refused(&self, id: u64, why: &'static str) {
@@ -165,12 +177,11 @@ fn status_of(result: Result<(), Errno>) -> i16 {
     }
 }
 
-/// Whether the disk can serve `request`.
-fn check(request: &impl RingRequest, size_sectors: u64, read_only: bool) -> Result<(), Malformed> {
-    let count = request.count();
-    let why = if count > 0 && !SectorRange::new(request.sector(), count).fits(size_sectors) {
+/// Whether the disk can serve `request`, whose sectors are `inside` it or not.
+fn check(request: &impl RingRequest, inside: bool, read_only: bool) -> Result<(), Malformed> {
+    let why = if !inside {
         "outside the disk"
-    } else if read_only && count > 0 && request.kind() != Kind::Read {
+    } else if read_only && request.count() > 0 && request.kind() != Kind::Read {
         "write to a read-only disk"
     } else {
         return Ok(());

@@ -6,11 +6,13 @@
 //! ```
 
 use crate::config::XenHost;
-use std::future::Future;
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
 use std::rc::Rc;
+use std::task::Poll;
 use tap_core::wait::{Receiver, joined};
 use tap_core::{Node, NodeInfo};
-use tap_host::{Errno, SECTOR_BYTES};
+use tap_host::{Errno, OneWaiter, SECTOR_BYTES};
 use tap_ring::{BlkifRing, ConnectError, RingCloser, RingConfig, RingEnd};
 
 /// What front ends are told about a disk.
@@ -37,6 +39,62 @@ impl Shown {
     /// A disk of which only this is known.
     pub fn sized(size_sectors: u64, read_only: bool) -> Self {
         Self { size_sectors, physical_block_bytes: SECTOR_BYTES as u32, read_only }
+    }
+}
+
+/// How large the disk of a ring is, and how large its front end was told that it is. A disk only becomes larger.
+#[derive(Clone)]
+pub struct DiskSize(Rc<Sizes>);
+
+struct Sizes {
+    known: Cell<u64>,
+    told: Cell<u64>,
+    waiter: OneWaiter,
+}
+
+impl DiskSize {
+    /// The size of a disk whose front end is told of `told_sectors`.
+    pub fn new(told_sectors: u64) -> Self {
+        let (known, told) = (Cell::new(told_sectors), Cell::new(told_sectors));
+        Self(Rc::new(Sizes { known, told, waiter: OneWaiter::default() }))
+    }
+
+    /// What the front end was told, in sectors: no disk with fewer may be given to it.
+    pub fn told_sectors(&self) -> u64 {
+        self.0.told.get()
+    }
+
+    /// The disk has `size_sectors`, durably, and its ring takes requests for all of them. Returns whether that is news.
+    pub fn grew(&self, size_sectors: u64) -> bool {
+        let grew = size_sectors > self.0.known.get();
+        if grew {
+            self.0.known.set(size_sectors);
+            self.0.waiter.wake();
+        }
+        grew
+    }
+
+    /// The size that the front end was not told yet, in sectors.
+    pub(crate) fn untold_sectors(&self) -> Option<u64> {
+        let known = self.0.known.get();
+        (known > self.told_sectors()).then_some(known)
+    }
+
+    /// The front end was told of `size_sectors`.
+    pub(crate) fn tell(&self, size_sectors: u64) {
+        self.0.told.set(size_sectors);
+    }
+
+    /// Completes once the front end has to be told. Only one task may wait.
+    pub(crate) async fn untold(&self) {
+        poll_fn(|cx| {
+            if self.untold_sectors().is_some() {
+                return Poll::Ready(());
+            }
+            self.0.waiter.wait(cx.waker());
+            Poll::Pending
+        })
+        .await;
     }
 }
 
@@ -74,11 +132,16 @@ pub trait ServedDisk<H: XenHost> {
     /// Why nobody knows at the moment; where it is [`Unserved::away`], that was waited for.
     fn shown(&self) -> impl Future<Output = Result<Shown, Unserved>>;
 
-    /// Has a ring served.
+    /// Has a ring served, and says in `size` when its disk becomes larger.
     ///
     /// # Errors
     /// [`ConnectError`]; then nothing of the guest is mapped or bound.
-    fn connect(&self, host: &H, ring: RingConfig) -> impl Future<Output = Result<Serving, ConnectError>>;
+    fn connect(
+        &self,
+        host: &H,
+        ring: RingConfig,
+        size: &DiskSize,
+    ) -> impl Future<Output = Result<Serving, ConnectError>>;
 
     /// Ends a ring that a predecessor had served, and that its front end does not use any more.
     fn release(&self) -> impl Future<Output = ()>;
@@ -98,7 +161,8 @@ impl<H: XenHost> ServedDisk<H> for Rc<dyn Node> {
         Ok(Shown::of(&self.info()))
     }
 
-    async fn connect(&self, host: &H, ring: RingConfig) -> Result<Serving, ConnectError> {
+    /// Its size does not change while the process lives.
+    async fn connect(&self, host: &H, ring: RingConfig, _size: &DiskSize) -> Result<Serving, ConnectError> {
         let vbd = ring.vbd;
         let ring = BlkifRing::connect(host.clone(), ring, Rc::clone(self))?;
         let closer = ring.closer();

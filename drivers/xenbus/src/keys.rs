@@ -17,6 +17,15 @@ pub(crate) fn number(value: &[u8]) -> Option<u32> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
+/// A number of sectors, as [`number`].
+pub(crate) fn sectors(value: &[u8]) -> Option<u64> {
+    let digits = value.strip_suffix(b"\0").unwrap_or(value);
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
 /// The value at `dir/key`; `None` when there is none, or we may not read it.
 ///
 /// # Errors
@@ -98,6 +107,16 @@ mod tests {
         }
         for bad in ["", "\0", "-1", "+1", " 1", "1 ", "0x8", "4294967296", "00000000001", "1\0\0", "ä"] {
             assert_eq!(number(bad.as_bytes()), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn disks_may_be_large() {
+        for (text, value) in [("0", 0), ("4294967296\0", 1 << 32), ("18446744073709551615", u64::MAX)] {
+            assert_eq!(sectors(text.as_bytes()), Some(value), "{text:?}");
+        }
+        for bad in ["", "\0", "-1", "+1", "1 ", "18446744073709551616"] {
+            assert_eq!(sectors(bad.as_bytes()), None, "{bad:?}");
         }
     }
 

@@ -28,6 +28,8 @@
 //!   the lock beside its record.
 //! * A process that finds its device connected takes over the ring without telling the front end (see
 //!   [`tap_ring::record`]).
+//! * A disk that has become larger is published in the way of Linux's xen-blkback: `sectors`, and the state 4 once
+//!   more, in one transaction. Whoever finds the device connected, and `sectors` smaller than its disk, does so.
 //!
 //! Follows Xen's `io/xenbus.h` and `io/blkif.h`.
 
@@ -47,7 +49,7 @@ mod supervise;
 mod watches;
 
 pub use config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
-pub use disk::{ServedDisk, Serving, Shown, Unserved};
+pub use disk::{DiskSize, ServedDisk, Serving, Shown, Unserved};
 pub use keys::is_read_only;
 pub use lead::lead;
 pub use machine::Backend;
@@ -59,7 +61,8 @@ pub use tap_ring::Limits as RingLimits;
 tap_host::listed! {
     /// The seeded bugs of this crate.
     pub BUGS: Bug with [
-        features::BUGS, lead::BUGS, lock::BUGS, machine::BUGS, orphans::BUGS, patience::BUGS, supervise::BUGS,
+        features::BUGS, lead::BUGS, lock::BUGS, machine::BUGS, orphans::BUGS, patience::BUGS, states::BUGS,
+        supervise::BUGS,
     ];
 }
 

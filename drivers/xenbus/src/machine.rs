@@ -1,7 +1,9 @@
 //! The machine: look, decide by the rules, act, wait.
 
+mod rings;
+
 use crate::config::{BackendConfig, BackendEnd, BackendError, Hotplug, XenHost};
-use crate::disk::{ServedDisk, Serving, Shown, Unserved};
+use crate::disk::{DiskSize, ServedDisk, Serving};
 use crate::features::Features;
 use crate::keys;
 use crate::lock::{Lock, is_over};
@@ -13,41 +15,26 @@ use std::cell::Cell;
 use std::future::{Future, pending};
 use std::pin::pin;
 use std::rc::Rc;
-use tap_abi::blkif::INFO_READ_ONLY;
 use tap_abi::xenbus::XenbusState;
 use tap_core::wait;
-use tap_host::{Either, Errno, Event, Patience, SECTOR_BYTES, StorePath, Watcher, select};
-use tap_ring::{ConnectError, RingConfig, RingEnd};
+use tap_host::{Either, Errno, Event, StorePath, Watcher, select};
+use tap_ring::RingEnd;
 
 tap_host::listed! {
-    pub(super) BUGS: Bug;
+    pub(super) BUGS: Bug with [rings::BUGS];
     GONE_NOT_CLOSED = "gone-not-closed",
         "a back end whose front end is gone ends without closing its own end";
-    BIND_ONCE = "bind-once", "a port that a dying predecessor still holds is taken as a broken ring";
     CLOSE_ERROR_FIRST = "close-error-first",
         "the error of closing a disk replaces the error that ended its back end";
-    DISK_NOT_COMPARED = "disk-not-compared",
-        "a disk of a different size or mode is put under a running guest";
-    RING_LEFT_BEHIND = "ring-left-behind",
-        "a back end reports itself closed while its ring is still being served";
-    READ_ONLY_UNTOLD = "read-only-untold", "a disk whose image can only be read is announced as writable";
-    MEMORY_ONCE = "memory-once", "a temporary lack of memory on the host is taken as a broken ring";
     GONE_NOT_SEEN = "gone-not-seen",
         "a front end that vanishes while its ring is taken over counts as a ring that cannot be served";
     SERVED_RING_CLOSED = "served-ring-closed",
         "a ring that another process serves is taken as broken, and its front end is told to close";
-    STORE_LOSS_CLOSES = "store-loss-closes",
-        "a back end that has lost xenstore closes its ring, which no successor can take over";
-    AWAY_REFUSED = "away-refused",
-        "a front end that connects while whoever serves its disk is away is refused";
     PACE_IGNORED = "pace-ignored", "a front end that reconnects in a loop is never slowed down";
 }
 
 tap_host::listed! {
-    pub(super) MARKS: Mark;
-    BIND_WAITED = "bind-waited", "a ring's port was bound once a dying predecessor had released it";
-    MEMORY_WAITED = "memory-waited", "a ring was connected once the host had memory for it";
-    RECONNECTED = "reconnected", "a front end connected again";
+    pub(super) MARKS: Mark with [rings::MARKS];
 }
 
 /// How long a toolstack may take to remove what belonged to a domain that is gone, in nanoseconds.
@@ -72,6 +59,8 @@ pub struct Backend<H: XenHost, D> {
     /// What we wrote last, or found.
     state: XenbusState,
     ring: Option<Serving>,
+    /// That of the ring's disk.
+    size: DiskSize,
     connects: u32,
     pace: Pace,
 }
@@ -166,6 +155,7 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
             phase: Phase::Waiting,
             state: XenbusState::Unknown,
             ring: None,
+            size: DiskSize::new(0),
             connects: 0,
             pace: Pace::default(),
         })
@@ -221,6 +211,7 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
                 }
                 Action::Offer => self.offer().await?,
                 Action::Connect => self.connect().await?,
+                Action::Grow => self.publish_size().await?,
                 Action::Echo => {
                     self.write_state(XenbusState::Closing, &[]).await?;
                 }
@@ -272,6 +263,7 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
             online: !keys::is_offline(online.as_deref()),
             hotplugged,
             leave: self.leave.is_set(),
+            grown: self.size.untold_sectors().is_some(),
         })
     }
 
@@ -283,9 +275,10 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
         }
     }
 
-    /// Completes when a watch fires, we are asked to leave, or the ring ended.
+    /// Completes when a watch fires, we are asked to leave, the ring ended, or its disk has become larger.
     async fn change(&mut self, seen: &Seen) -> Result<Option<RingEnd>, BackendError> {
         let leave = async { if seen.leave { pending().await } else { self.leave.wait().await } };
+        let grown = async { if seen.grown { pending().await } else { self.size.untold().await } };
         let ring = self.ring.as_mut();
         let ended = async {
             match ring {
@@ -294,10 +287,10 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
                 None => pending().await,
             }
         };
-        let changed = match select(ended, select(changed(&self.watches), leave)).await {
+        let changed = match select(ended, select(changed(&self.watches), select(leave, grown))).await {
             Either::First(end) => return Ok(Some(end)),
             Either::Second(Either::First(changed)) => changed,
-            Either::Second(Either::Second(())) => Ok(()),
+            Either::Second(Either::Second(_)) => Ok(()),
         };
         changed.map(|()| None).map_err(|error| self.watch_failed(error))
     }
@@ -385,178 +378,6 @@ impl<H: XenHost, D: ServedDisk<H>> Backend<H, D> {
         self.phase = Phase::Failed;
         Ok(())
     }
-
-    async fn ring_from_keys(&self, read_only: bool) -> Result<Result<Serving, Unserved>, BackendError> {
-        let keys = match self.features.ring(&self.host, &self.frontend).await? {
-            Ok(keys) => keys,
-            Err(why) => return Ok(Err(Unserved { words: format!("connect: {why}"), away: false })),
-        };
-        let config = RingConfig {
-            dom: self.config.dom,
-            vbd: self.config.vbd,
-            ring_ref: keys.ring_ref,
-            port: keys.port,
-            record: self.config.record.clone(),
-            limits: self.config.limits,
-            read_only,
-            memory: self.config.memory.clone(),
-        };
-        Ok(self.bind_ring(config).await.map_err(Unserved::from))
-    }
-
-    /// Connects; waits a while for a port that is still held, and for a host that is short of memory.
-    async fn bind_ring(&self, config: RingConfig) -> Result<Serving, ConnectError> {
-        let until_ns = self.host.now_ns().saturating_add(self.config.bind_patience_ns);
-        let (mut patience, mut waited_for) = (Patience::until(), None);
-        loop {
-            match self.disk.connect(&self.host, config.clone()).await {
-                Err(error) if self.may_pass(&error) && patience.again_before(&self.host, until_ns).await => {
-                    waited_for = Some(if error.passes() { &MEMORY_WAITED } else { &BIND_WAITED });
-                }
-                result => {
-                    waited_for.filter(|_| result.is_ok()).into_iter().for_each(|mark| self.host.mark(mark));
-                    return result;
-                }
-            }
-        }
-    }
-
-    fn may_pass(&self, error: &ConnectError) -> bool {
-        match error {
-            ConnectError::Bind { error: Errno::EINVAL, .. } => !self.host.bug(&BIND_ONCE),
-            error => error.passes() && !self.host.bug(&MEMORY_ONCE),
-        }
-    }
-
-    /// What front ends are to be told; read-only also if the toolstack wants it.
-    async fn shown(&self) -> Result<Result<Shown, Unserved>, BackendError> {
-        let toolstack_wants = keys::is_read_only(&self.host, &self.config.backend_path).await?;
-        Ok(self.disk.shown().await.map(|shown| {
-            let disk_is = shown.read_only && !self.host.bug(&READ_ONLY_UNTOLD);
-            Shown { read_only: disk_is || toolstack_wants, ..shown }
-        }))
-    }
-
-    /// A ring for the front end, and what it is to be told of the disk.
-    async fn ring_and_disk(&self) -> Result<Result<(Serving, Shown), Unserved>, BackendError> {
-        let disk = match self.shown().await? {
-            Ok(disk) => disk,
-            Err(why) => return Ok(Err(why)),
-        };
-        Ok(self.ring_from_keys(disk.read_only).await?.map(|ring| (ring, disk)))
-    }
-
-    async fn connect(&mut self) -> Result<(), BackendError> {
-        let (ring, disk) = match self.ring_and_disk().await? {
-            Ok(found) => found,
-            Err(Unserved { words: why, away }) => {
-                let seen = self.look().await?;
-                if seen.backend == Some(XenbusState::Connected) && self.state != XenbusState::Connected {
-                    // Held by a process that does not use our lock: an older version, or another program.
-                    return Err(BackendError::NotTaken { path: self.config.backend_path.clone(), why });
-                }
-                return match next(self.phase, &seen) {
-                    Action::Connect if away && !self.host.bug(&AWAY_REFUSED) => self.pause().await,
-                    Action::Connect => self.fail(&why).await,
-                    // What was in the way may have changed meanwhile.
-                    _ => Ok(()),
-                };
-            }
-        };
-        let keys = [
-            ("sectors", disk.size_sectors.to_string()),
-            ("sector-size", SECTOR_BYTES.to_string()),
-            ("physical-sector-size", disk.physical_block_bytes.to_string()),
-            ("info", info_of(disk.read_only).to_string()),
-        ];
-        // From here on it is released with everything else.
-        self.ring = Some(ring);
-        match self.write_state(XenbusState::Connected, &keys).await? {
-            Written::Yes => self.serve(),
-            // It was closed meanwhile.
-            Written::No => {
-                self.release_ring(false).await;
-                self.phase = Phase::Failed;
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes over the ring of a predecessor; nothing is written, because the front end must not notice.
-    async fn resume(&mut self) -> Result<Result<(), String>, BackendError> {
-        let disk = match self.shown().await? {
-            Ok(disk) => disk,
-            Err(why) => return Ok(Err(why.words)),
-        };
-        let mismatch = self.mismatch_with_published(&disk).await?;
-        if let Some(why) = mismatch.filter(|_| !self.host.bug(&DISK_NOT_COMPARED)) {
-            return Ok(Err(why));
-        }
-        Ok(self.ring_from_keys(disk.read_only).await?.map_err(|why| why.words).map(|ring| {
-            self.ring = Some(ring);
-            self.serve();
-        }))
-    }
-
-    /// How our disk differs from the one that the front end was told about.
-    async fn mismatch_with_published(&self, disk: &Shown) -> Result<Option<String>, BackendError> {
-        let dir = &self.config.backend_path;
-        let told = async |key| keys::read(&self.host, dir, key).await;
-        let size = disk.size_sectors.to_string();
-        if let Some(sectors) = told("sectors").await?
-            && sectors != size.as_bytes()
-        {
-            let sectors = String::from_utf8_lossy(&sectors).into_owned();
-            return Ok(Some(format!("the disk has {size} sectors, and the front end was told {sectors}")));
-        }
-        let info = told("info").await?;
-        if info.is_some_and(|info| keys::number(&info) != Some(info_of(disk.read_only))) {
-            let what = if disk.read_only { "read-only" } else { "writable" };
-            return Ok(Some(format!("the disk is {what}, and the front end was told otherwise")));
-        }
-        Ok(None)
-    }
-
-    fn serve(&mut self) {
-        self.phase = Phase::Serving;
-        self.connects += 1;
-        if self.connects > 1 {
-            self.host.mark(&RECONNECTED);
-        }
-    }
-
-    fn drain(&mut self) {
-        self.phase = Phase::Draining;
-        if let Some(ring) = &self.ring {
-            ring.closer.close();
-        }
-    }
-
-    fn leave_ring(&mut self) {
-        self.phase = Phase::Leaving;
-        if let Some(ring) = &self.ring {
-            ring.closer.leave();
-        }
-    }
-
-    /// Whatever happened, when we are gone no request of the guest is in flight and none of its pages is mapped.
-    async fn release_ring(&mut self, left: bool) {
-        if self.host.bug(&RING_LEFT_BEHIND) {
-            return;
-        }
-        if let Some(Serving { closer, ended }) = self.ring.take() {
-            if left && !self.host.bug(&STORE_LOSS_CLOSES) {
-                closer.leave();
-            } else {
-                closer.close();
-            }
-            ended.await;
-        }
-    }
-}
-
-fn info_of(read_only: bool) -> u32 {
-    if read_only { INFO_READ_ONLY } else { 0 }
 }
 
 /// How a back end ended, given the result of closing its disk. An error that ended it takes precedence; a disk that

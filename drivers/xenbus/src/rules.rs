@@ -37,6 +37,8 @@ pub(crate) struct Seen {
     pub(crate) hotplugged: bool,
     /// We should leave the disk to another process.
     pub(crate) leave: bool,
+    /// The disk of the ring is larger than the front end was told.
+    pub(crate) grown: bool,
 }
 
 impl Seen {
@@ -55,6 +57,8 @@ pub(crate) enum Action {
     Offer,
     /// Connect the ring, publish the disk, state 4.
     Connect,
+    /// Publish the disk's new size, and state 4 again.
+    Grow,
     /// State 5: the front end is about to close. Until it has, it may use its ring.
     Echo,
     /// Take no more requests; state 6 once those in flight are answered.
@@ -129,6 +133,12 @@ pub(crate) fn next(phase: Phase, seen: &Seen) -> Action {
         Phase::Serving if seen.leave => Action::Leave,
         // Linux before 5.15 says this of a mounted disk, and continues to use it.
         Phase::Serving if front == Closing && seen.backend == Some(Connected) => Action::Echo,
+        // A front end in another state would take the 4 for the beginning or the end of something.
+        Phase::Serving
+            if seen.grown && matches!(front, Initialised | Connected) && seen.backend == Some(Connected) =>
+        {
+            Action::Grow
+        }
         Phase::Failed if closing || front == Initialising || seen.asked_to_close() => close(seen),
         Phase::Drained => close(seen),
         Phase::Closed if !seen.online => Action::End(BackendEnd::Offline),
@@ -160,6 +170,7 @@ mod tests {
             online: true,
             hotplugged: true,
             leave: false,
+            grown: false,
         }
     }
 
@@ -248,6 +259,24 @@ mod tests {
             let end = Action::End(BackendEnd::Left);
             assert_eq!(next(phase, &leave(back, Initialised)), end, "{phase:?}");
         }
+    }
+
+    #[test]
+    fn a_larger_disk_is_published_to_front_ends_in_use() {
+        let grown = |back, front| Seen { grown: true, ..seen(back, front) };
+        let expected = |front| match front {
+            Initialised | Connected => Action::Grow,
+            Closing => Action::Echo,
+            Closed => Action::Drain,
+            _ => Action::Wait,
+        };
+        for front in XenbusState::ALL {
+            assert_eq!(next(Phase::Serving, &grown(Connected, front)), expected(front), "{front:?}");
+        }
+        assert_eq!(next(Phase::Serving, &grown(Closing, Connected)), Action::Wait);
+        assert_eq!(next(Phase::Draining, &grown(Connected, Connected)), Action::Wait);
+        let leaves = Seen { leave: true, ..grown(Connected, Connected) };
+        assert_eq!(next(Phase::Serving, &leaves), Action::Leave, "whoever comes next publishes it");
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct Setup {
     pub history: Rc<RefCell<BlockHistory>>,
     /// Size in sectors.
     pub size_sectors: u64,
+    /// Its disk may become larger while it is in use; `size_sectors` is what it has at first.
+    pub may_grow: bool,
     /// Bytes in a cluster as a power of two; 9 for a raw image.
     pub cluster_bits: u32,
     /// Path and bytes of the backing file, which must not change.
@@ -170,9 +172,50 @@ impl Setup {
             spec: ImageSpec { format: kind.model.format().into(), path: path(number) },
             history: Rc::new(RefCell::new(history)),
             size_sectors,
+            may_grow: false,
             cluster_bits: 9,
             base,
             below: Vec::new(),
+        }
+    }
+
+    /// The same disk, which may become larger while it is in use.
+    pub fn growing(self) -> Self {
+        Self { may_grow: true, ..self }
+    }
+
+    /// The size of the disk that its image says now, and the one that it will say after a power cut at least, in
+    /// sectors. `None` for what cannot be read from the image at the moment.
+    pub fn sizes_of_image(&self, world: &World) -> (Option<u64>, Option<u64>) {
+        let of = |content: &Content| match self.model().walk(content) {
+            Some(walked) => walked.ok().map(|map| map.size / SECTOR_BYTES),
+            None => Some(content.size / SECTOR_BYTES),
+        };
+        let now = world.storage.content(&self.spec.path).and_then(|content| of(&content));
+        (now, world.storage.with_inode(&self.spec.path, |inode| of(&inode.base)).flatten())
+    }
+
+    /// A back end has told the guest that the disk has `sectors`: as many as before, or more, and durably so. From now
+    /// on the guest may use them.
+    pub fn published(&self, world: &World, sectors: u64) {
+        let known = self.history.borrow().size_sectors();
+        if sectors < known {
+            let text = format!("a guest that knew of {known} sectors is told of {sectors}");
+            return world.fail(Invariant::G12, text);
+        }
+        if sectors > known {
+            self.check_durable(world, sectors, "a guest is told of");
+            self.history.borrow_mut().grow(sectors);
+        }
+    }
+
+    /// The disk has `sectors`, durably.
+    pub fn check_durable(&self, world: &World, sectors: u64, what: &str) {
+        if let (_, Some(durable)) = self.sizes_of_image(world)
+            && durable < sectors
+        {
+            let text = format!("{what} {sectors} sectors, of which only {durable} are durable");
+            world.fail(Invariant::G12, text);
         }
     }
 

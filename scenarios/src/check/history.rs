@@ -5,6 +5,7 @@
 
 mod endings;
 mod fences;
+mod growth;
 mod wrong;
 
 use super::frontier::{Block, Clock, Order};

@@ -115,8 +115,6 @@ struct Open<H: ControlledHost> {
     stage: Cell<Stage>,
     /// The file of its image, if it is one.
     file: Cell<Option<FileId>>,
-    /// Its image becomes larger, or may have become so although that failed.
-    grows: Cell<bool>,
     disk: Rc<Disk<H>>,
     /// What its users use.
     node: Rc<dyn Node>,
@@ -228,7 +226,8 @@ impl<H: ControlledHost> Vbd<H> {
         let disk = Rc::new(disk.map_err(|error| refused(&error))?);
         disk.slot().watch(settings.watchdog_ns());
         self.tell_of_hangs(settings, &disk);
-        if let Err(error) = make_durable(settings, host, (&spec, &options), disk.node(), false).await {
+        let durable = make_durable(settings, host, (&spec, &options), disk.node(), false).await;
+        if let Err(error) = durable {
             // Nothing was written.
             let _nothing_lost = disk.close().await;
             return Err(refused(&error));
@@ -251,7 +250,6 @@ impl<H: ControlledHost> Vbd<H> {
             name: RefCell::new(name),
             stage: Cell::new(Stage::Running),
             file,
-            grows: Cell::new(false),
             disk,
             node,
             guests: RefCell::default(),
@@ -389,14 +387,15 @@ impl<H: ControlledHost> Vbd<H> {
         let elsewhere = *open.name.borrow() != name;
         let durable =
             make_durable(settings, &files, (&spec, &open.options), Rc::clone(&node), elsewhere).await;
-        if let Err(error) = durable {
-            let _unused = node.close().await;
-            return Err(refused(&error));
-        }
-        if !elsewhere {
-            open.grow_with(settings, &*node);
-        }
-        let fit = match open.disk.fit(Rc::clone(&node)) {
+        let fit = match durable {
+            Err(error) => {
+                let _unused = node.close().await;
+                return Err(refused(&error));
+            }
+            Ok(_) if elsewhere => open.disk.fit(Rc::clone(&node)),
+            Ok(is_durable) => open.fit_own(settings, Rc::clone(&node), is_durable),
+        };
+        let fit = match fit {
             Ok(fit) => fit,
             Err(why) => {
                 // It was only looked at.
@@ -410,7 +409,6 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: {error}")));
         }
         open.stage.set(Stage::Running);
-        open.grows.set(false);
         open.file.set(file_of(&files, name).await);
         if !settings.host.bug(&RESUME_KEEPS_NAME) {
             name.clone_into(&mut open.name.borrow_mut());
@@ -518,18 +516,20 @@ async fn file_of<H: ControlledHost>(host: &H, name: &str) -> Option<FileId> {
 
 /// Makes an image that is to be served durable, with its name: it takes the place of one whose guest has flushed, or
 /// holds what its guest will flush. One that takes the place of another (`elsewhere`) must be; the disk's own is
-/// served all the same. Who copied or renamed it may not have done that, or have been killed before.
+/// served all the same, and the result says whether it is durable itself. Who copied or renamed it may not have done
+/// that, or have been killed before.
 async fn make_durable<H: ControlledHost>(
     settings: &Settings<H>,
     host: &H,
     (spec, options): (&DiskSpec, &DiskOptions),
     node: Rc<dyn Node>,
     elsewhere: bool,
-) -> Result<(), OpenError> {
-    let DiskSpec::Image(image) = spec else { return Ok(()) };
+) -> Result<bool, OpenError> {
+    let DiskSpec::Image(image) = spec else { return Ok(true) };
     if !options.write {
-        return Ok(());
+        return Ok(true);
     }
+    let mut is_durable = true;
     if !host.bug(&COPY_TAKEN_AS_IS)
         && let Err(error) = node.submit(Request::flush()).await.result
     {
@@ -539,6 +539,7 @@ async fn make_durable<H: ControlledHost>(
         }
         // What was lost before fails the flushes of its guest, too.
         settings.console.err(&format!("tapdisk: failed to synchronise {path}: {error}; it is served"));
+        is_durable = false;
     }
     if !host.bug(&CHAIN_TAKEN_AS_IS) {
         for (_, below) in nodes(node) {
@@ -554,7 +555,7 @@ async fn make_durable<H: ControlledHost>(
     if !host.bug(&NAME_TAKEN_AS_IS) {
         sync_name(host, &image.path).await?;
     }
-    Ok(())
+    Ok(is_durable)
 }
 
 fn refused(error: &OpenError) -> Refusal {

@@ -3,12 +3,13 @@
 //!
 //! ```text
 //!   shown ──► find the disk ──► connect ──► follow: events of the tapdisk ──┬─ told to close ──► disconnect
-//!                 ▲                                                         ├─ ring given up ──► refused
+//!                 ▲                                               │         ├─ ring given up ──► refused
+//!                 │                                               └ larger: published
 //!                 └───────────── pause ◄── gone: died, or closed by force ──┘
 //! ```
 
 use super::BackHost;
-use super::tapdisks::{Given, Place, Seen, Tapdisks};
+use super::tapdisks::{Place, Ring, Seen, Tapdisks};
 use crate::{Console, vdev};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -16,14 +17,16 @@ use std::rc::Rc;
 use tap_control::client::CallError;
 use tap_control::json::{Guest, News, Standing};
 use tap_core::wait::joined;
-use tap_host::{DomId, Either, Errno, Patience, Transaction, VbdId, select};
+use tap_host::{DomId, Either, Errno, GrantRef, Patience, Port, Transaction, VbdId, select};
 use tap_ring::{ConnectError, RingCloser, RingConfig, RingEnd};
-use tap_xenbus::{ServedDisk, Serving, Shown, Unserved, patiently};
+use tap_xenbus::{DiskSize, ServedDisk, Serving, Shown, Unserved, patiently};
 
 tap_host::listed! {
     pub(super) BUGS: Bug;
     RING_NOT_FOLLOWED = "ring-not-followed", "a guest whose tapdisk died is not given to the one that has its disk since";
     NUMBER_FOLLOWED = "number-followed", "a guest whose disk is gone gets another one that has its minor number since";
+    GROWTH_UNHEARD = "growth-unheard", "tapback does not hear that a disk has become larger";
+    OLD_SIZE_GIVEN = "old-size-given", "a guest gets a disk of the size that it was told first, although it was told of a larger one since";
     CLOSED_UNRELEASED = "closed-unreleased", "a device counts as closed while a tapdisk serves its ring";
 }
 
@@ -33,6 +36,7 @@ tap_host::listed! {
     FRONT_WAITS = "front-waits", "a front end waits because no tapdisk has its disk open";
     NUMBER_REUSED = "number-reused", "tapback did not take another disk for a guest's because it has its minor number";
     RING_LOST = "ring-lost", "tapback heard that a ring is not served any more";
+    GROWTH_HEARD = "growth-heard", "tapback heard that a disk has become larger";
 }
 
 /// How often a disk that is gone is looked for, in nanoseconds.
@@ -49,6 +53,16 @@ const PATH_KEY: &str = "physical-device-path";
 const ALLOCATION_KEY: &str = "minor-allocation";
 /// Whose time the guest's I/O takes.
 const PID_KEY: &str = "kthread-pid";
+
+/// A ring that is given to whoever has the disk.
+struct Given {
+    ring: (GrantRef, Port),
+    read_only: bool,
+    /// What its guest was told at first.
+    first_sectors: u64,
+    /// What it was told since, and what there is to tell.
+    size: DiskSize,
+}
 
 /// Why a ring is not served any more.
 enum Lost {
@@ -80,8 +94,6 @@ struct Inner<H: BackHost> {
     vbd: VbdId,
     /// What stands in the way, as it was said last.
     said: Rc<RefCell<String>>,
-    /// What it was when it was found last.
-    found: RefCell<Option<Seen>>,
     /// The tapdisks that were asked to serve a ring.
     asked: RefCell<BTreeSet<Place>>,
     /// One of them did: no predecessor's ring is left.
@@ -97,8 +109,8 @@ impl<H: BackHost> Remote<H> {
         vbd: VbdId,
         said: Rc<RefCell<String>>,
     ) -> Self {
-        let (found, asked, connected) = (RefCell::default(), RefCell::default(), Cell::new(false));
-        Self(Rc::new(Inner { tapdisks, console, backend, dom, vbd, said, found, asked, connected }))
+        let (asked, connected) = (RefCell::default(), Cell::new(false));
+        Self(Rc::new(Inner { tapdisks, console, backend, dom, vbd, said, asked, connected }))
     }
 }
 
@@ -123,17 +135,13 @@ impl<H: BackHost> ServedDisk<H> for Remote<H> {
         }
     }
 
-    async fn connect(&self, host: &H, ring: RingConfig) -> Result<Serving, ConnectError> {
-        let Some(seen) = self.0.found.borrow().clone() else {
-            return Err(ConnectError::Told { words: "find the disk in a tapdisk".to_owned(), away: true });
-        };
-        // What the guest is told, or was.
+    async fn connect(&self, host: &H, ring: RingConfig, size: &DiskSize) -> Result<Serving, ConnectError> {
         let (key, read_only) = ((ring.ring_ref, ring.port), ring.read_only);
-        let given = Given { ring: key, size_sectors: seen.size_sectors, read_only };
+        let given = Given { ring: key, first_sectors: size.told_sectors(), size: size.clone(), read_only };
         let until_ns = host.now_ns().saturating_add(GIVE_PATIENCE_NS);
         let mut patience = Patience::until();
         let place = loop {
-            match self.0.give_again(given).await {
+            match self.0.give_again(&given).await {
                 Err((_, Hope::Soon | Hope::Away)) if patience.again_before(host, until_ns).await => {}
                 Err((words, hope)) => {
                     let Unserved { words, away } = self.0.unserved(words, hope);
@@ -225,7 +233,6 @@ impl<H: BackHost> Inner<H> {
         {
             return Err(away(format!("read {path} in xenstore: it has changed meanwhile")));
         }
-        *self.found.borrow_mut() = Some(seen.clone());
         Ok((place, seen))
     }
 
@@ -319,7 +326,7 @@ impl<H: BackHost> Inner<H> {
     async fn follow(&self, mut place: Place, given: Given, order: RingCloser) -> RingEnd {
         loop {
             let given_ns = self.tapdisks.host.now_ns();
-            match select(order.told(), self.listen(place)).await {
+            match select(order.told(), self.listen(place, &given)).await {
                 Either::First(RingEnd::Closed) => {
                     if !self.tapdisks.host.bug(&CLOSED_UNRELEASED) {
                         self.take_back(place).await;
@@ -339,7 +346,7 @@ impl<H: BackHost> Inner<H> {
                 self.name(),
                 place.minor
             ));
-            match self.again(given, given_ns, &order).await {
+            match self.again(&given, given_ns, &order).await {
                 Either::First(RingEnd::Closed) => {
                     // What an attempt without an answer may have given.
                     self.take_back_from_all().await;
@@ -355,13 +362,20 @@ impl<H: BackHost> Inner<H> {
 
     /// Looks for the disk, and gives the ring to the tapdisk that has it. With the error comes whether another attempt
     /// may succeed.
-    async fn give_again(&self, given: Given) -> Result<Place, (String, Hope)> {
+    async fn give_again(&self, given: &Given) -> Result<Place, (String, Hope)> {
         let (place, seen) = self.find().await?;
         let (number, id) = ((place.minor, seen.allocation.as_str()), (self.dom, self.vbd));
         self.asked.borrow_mut().insert(place);
-        let answer = self.tapdisks.at(place.pid).connect(number, id, given).await;
+        let told_sectors = match self.tapdisks.host.bug(&OLD_SIZE_GIVEN) {
+            true => given.first_sectors,
+            false => given.size.told_sectors(),
+        };
+        let (ring, read_only) = (given.ring, given.read_only);
+        let answer =
+            self.tapdisks.at(place.pid).connect(number, id, Ring { ring, told_sectors, read_only }).await;
         answer.map_err(|why| (why.to_string(), hope_after(&why)))?;
         self.connected.set(true);
+        self.grew(given, seen.size_sectors);
         // With the process number.
         let path = self.tapdisks.path_of(place);
         self.rename(&path, place, &seen.allocation).await.map_err(|why| (why, Hope::Away))?;
@@ -372,7 +386,7 @@ impl<H: BackHost> Inner<H> {
     /// Gives the ring to the tapdisk that has the disk, once there is one, unless `order` comes first. An attempt is
     /// not given up half way: nobody would know whether it succeeded. A ring that was lost soon after it was given, at
     /// `given_ns`, is not given at once.
-    async fn again(&self, given: Given, given_ns: u64, order: &RingCloser) -> Either<RingEnd, Place> {
+    async fn again(&self, given: &Given, given_ns: u64, order: &RingCloser) -> Either<RingEnd, Place> {
         let host = &self.tapdisks.host;
         let soonest = host.sleep_ns(given_ns.saturating_add(LOOK_PAUSE_NS).saturating_sub(host.now_ns()));
         if let Either::First(end) = select(order.told(), soonest).await {
@@ -392,21 +406,22 @@ impl<H: BackHost> Inner<H> {
         }
     }
 
-    /// Completes once the tapdisk at `place` does not serve the ring any more.
-    async fn listen(&self, place: Place) -> Lost {
+    /// Completes once the tapdisk at `place` does not serve the ring any more. Says meanwhile when the disk becomes
+    /// larger.
+    async fn listen(&self, place: Place, given: &Given) -> Lost {
         let asked = self.tapdisks.at(place.pid);
         loop {
             if let Ok(mut events) = asked.tapdisk().events().await {
                 while let Ok(Some(news)) = events.next().await {
-                    if let Some(lost) = self.lost_in(place, &news) {
+                    if let Some(lost) = self.lost_in(place, &news, given) {
                         return lost;
                     }
                 }
             }
             // It has ended, or as many listen as may: then it is asked from time to time.
-            match asked.guests_of(place.minor).await {
-                Ok(guests) => {
-                    if let Some(lost) = self.lost(&guests) {
+            match asked.standing(place.minor).await {
+                Ok((guests, size_sectors)) => {
+                    if let Some(lost) = self.lost(&guests, size_sectors, given) {
                         return lost;
                     }
                 }
@@ -418,22 +433,34 @@ impl<H: BackHost> Inner<H> {
     }
 
     /// What `news` says about the ring, if that is bad.
-    fn lost_in(&self, place: Place, news: &News) -> Option<Lost> {
+    fn lost_in(&self, place: Place, news: &News, given: &Given) -> Option<Lost> {
         let is_ours = |disk: &&Standing| disk.minor == place.minor;
         let disk = match (&news.disks, &news.disk) {
             (Some(disks), _) => disks.iter().find(is_ours),
             (None, Some(disk)) if is_ours(&disk) => Some(disk),
             (None, _) => return None,
         };
-        self.lost(disk.map_or(&[], |disk| &disk.guests))
+        self.lost(disk.map_or(&[], |disk| &disk.guests), disk.and_then(|disk| disk.size_sectors), given)
     }
 
-    /// What it means that a disk has these guests, if that is bad.
-    fn lost(&self, guests: &[Guest]) -> Option<Lost> {
+    /// What it means that a disk has these guests, if that is bad. If it is the ring's, it may have become larger.
+    fn lost(&self, guests: &[Guest], size_sectors: Option<u64>, given: &Given) -> Option<Lost> {
         match guests.iter().find(|guest| self.is(guest)) {
             None => Some(Lost::Gone),
             Some(guest) if guest.error.is_some() => Some(Lost::Failed),
-            Some(_) => None,
+            Some(_) => {
+                self.grew(given, size_sectors.unwrap_or(0));
+                None
+            }
+        }
+    }
+
+    /// The ring's disk has this size, which the back end publishes if it is news.
+    fn grew(&self, given: &Given, size_sectors: u64) {
+        let host = &self.tapdisks.host;
+        if !host.bug(&GROWTH_UNHEARD) && given.size.grew(size_sectors) {
+            host.mark(&GROWTH_HEARD);
+            self.console.out(&format!("{}: its disk has {size_sectors} sectors now", self.name()));
         }
     }
 

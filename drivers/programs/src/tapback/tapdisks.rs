@@ -57,9 +57,9 @@ pub(super) struct Seen {
 
 /// A guest's ring, and what the guest knows of its disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Given {
+pub(super) struct Ring {
     pub(super) ring: (GrantRef, Port),
-    pub(super) size_sectors: u64,
+    pub(super) told_sectors: u64,
     pub(super) read_only: bool,
 }
 
@@ -144,10 +144,10 @@ impl<H: ControlledHost> Asked<H> {
         Some(Seen { allocation: disk.allocation, size_sectors, read_only })
     }
 
-    /// The guests of this disk; none if it is not there.
-    pub(super) async fn guests_of(&self, minor: u16) -> Result<Vec<Guest>, CallError> {
+    /// The guests of this disk, and its size in sectors; none if it is not there.
+    pub(super) async fn standing(&self, minor: u16) -> Result<(Vec<Guest>, Option<u64>), CallError> {
         let disk = self.disks().await?.into_iter().find(|disk| disk.minor == minor);
-        Ok(disk.map_or_else(Vec::new, |disk| disk.guests))
+        Ok(disk.map_or_else(Default::default, |disk| (disk.guests, disk.size_sectors)))
     }
 
     /// Has it serve a ring, if the minor number has this allocation.
@@ -155,9 +155,9 @@ impl<H: ControlledHost> Asked<H> {
         &self,
         (minor, allocation): (u16, &str),
         (dom, vbd): (DomId, VbdId),
-        given: Given,
+        ring: Ring,
     ) -> Result<(), CallError> {
-        let Given { ring: (ring_ref, port), size_sectors, read_only } = given;
+        let Ring { ring: (ring_ref, port), told_sectors, read_only } = ring;
         let request = Request::Connect {
             minor,
             domid: dom.0,
@@ -166,7 +166,7 @@ impl<H: ControlledHost> Asked<H> {
             port: port.0,
             // One that does not tell it does not understand it.
             allocation: (!allocation.is_empty()).then(|| allocation.to_owned()),
-            size_sectors,
+            size_sectors: told_sectors,
             read_only,
         };
         match self.0.json::<Guest>(&request).await {

@@ -40,9 +40,13 @@ fn blkif(dom: DomId, ring: &GuestRing) -> Blkif {
 }
 
 async fn read_one(ring: &GuestRing, port: &XenPort) -> i16 {
+    read_at(ring, port, 0).await
+}
+
+async fn read_at(ring: &GuestRing, port: &XenPort, sector: u64) -> i16 {
     let page = GrantedPage::new(port, DomId(0), false).unwrap();
     let segments = [Segment { gref: page.gref.0, first: 0, last: 7 }];
-    assert!(ring.put(&BlkifRequest::new(7, BlkifOp::Read, 0, &segments).unwrap()));
+    assert!(ring.put(&BlkifRequest::new(7, BlkifOp::Read, sector, &segments).unwrap()));
     ring.publish();
     let response = ring.next().await.unwrap();
     page.end(port).unwrap();
@@ -68,8 +72,11 @@ fn a_guest_is_connected_by_the_messages_of_tapdisk3() {
         let listed = admin.done("list --json").await;
         assert!(listed.contains("\"minor\":0"), "{listed}");
         admin.refused(&format!("close -p {pid} -m 0"), Errno::EBUSY, "1/xvda uses it").await;
-        let resize = format!("resize -p {pid} -m 0 -s +1M");
-        admin.refused(&resize, Errno::EBUSY, "a guest uses it through a ring").await;
+        // The last page of the disk, and the next one, which it gets.
+        assert_eq!((read_at(&ring, &port, 2040).await, read_at(&ring, &port, 2041).await), (0, -1));
+        admin.done(&format!("resize -p {pid} -m 0 -s +1M")).await;
+        assert_eq!((read_at(&ring, &port, 2041).await, read_at(&ring, &port, 4088).await), (0, 0));
+        assert_eq!(read_at(&ring, &port, 4089).await, -1);
         for (refused, error) in [
             (Blkif { order: 1.into(), ..own }, Errno::EOPNOTSUPP),
             (Blkif { proto: 2.into(), ..own }, Errno::EOPNOTSUPP),
@@ -130,8 +137,15 @@ fn a_number_that_was_freed_is_another_disks() {
         let words = refused["error"]["words"].as_str().unwrap_or_default();
         assert!(words.contains("is another disk's"), "{refused}");
         assert_eq!(xen.mapped_from(dom), 0);
+        let mut larger = connect(&second);
+        larger["size_sectors"] = json!(2049);
+        let refused = said(&admin, pid, &larger).await;
+        let words = refused["error"]["words"].as_str().unwrap_or_default();
+        assert!(words.contains("has 2048 sectors, and the guest was told 2049"), "{refused}");
+        admin.done(&format!("resize -p {pid} -m 0 -s +1M")).await;
+        // The guest is told of the rest by whoever connects it.
         let connected = said(&admin, pid, &connect(&second)).await;
         assert_eq!(connected["ok"]["domid"], json!(dom.0));
-        assert_eq!(read_one(&ring, &port).await, 0);
+        assert_eq!((read_one(&ring, &port).await, read_at(&ring, &port, 4088).await), (0, 0));
     });
 }

@@ -3,6 +3,7 @@
 use crate::{Daemon, world};
 use kernel_model::{Blkfront, DataPieces, Kernel, SimHost};
 use sim::Sim;
+use std::cell::RefCell;
 use std::rc::Rc;
 use tap_host::{DomId, Errno, File, Files, IoKind, LockKind, OpenMode, SectorRange, VbdId, Xenstore};
 use xen_model::{Counts, VbdPaths, Xen, attach_vbd, remove_vbd};
@@ -186,6 +187,31 @@ fn a_successor_takes_over_after_a_stop_or_a_crash() {
         tools.settle().await;
         assert_eq!(*third.status.borrow(), Some(0));
         assert!(xen.regions().is_empty());
+    });
+}
+
+#[test]
+fn a_disk_that_grew_while_no_tapdisk_ran_is_larger_for_its_guest() {
+    world(|sim, kernel, xen| async move {
+        kernel.storage().put_bytes("/a", &[1; MIB]);
+        let tools = Toolstack::new(&sim, &kernel, &xen);
+        let guest = tools.guest();
+        let told = Rc::new(RefCell::new(Vec::new()));
+        let telling = Rc::clone(&told);
+        guest.front.on_resized(Rc::new(move |sectors| telling.borrow_mut().push(sectors)));
+        tools.attach(&guest).await;
+        let first = Daemon::start(&kernel, &xen, 1, "xen 1/xvda=raw:/a");
+        guest.front.connect().await.unwrap();
+        assert_eq!((guest.front.size_sectors(), guest.write(2048, 7).await), (2048, Err(Errno::EIO)));
+        first.host.process.node().kill();
+        first.host.process.node().dead().await;
+        kernel.storage().put_bytes("/a", &[1; 2 * MIB]);
+        Daemon::start(&kernel, &xen, 2, "xen 1/xvda=raw:/a");
+        assert_eq!(guest.front.grown_past(2048).await, 4096);
+        guest.write(2048, 7).await.unwrap();
+        assert_eq!((guest.read(2048).await, guest.read(4095).await), (7, 1));
+        assert_eq!(*told.borrow(), [4096]);
+        assert_eq!(tools.back(&guest, "state").await.as_deref(), Some("4"));
     });
 }
 

@@ -334,6 +334,12 @@ impl Admin {
         self.img(&format!("tap-img create -q -f {format} -b {} -F {format} {top}", base.path)).await
     }
 
+    /// Makes the disk of an image that nobody has open larger, by tap-img.
+    pub(super) async fn enlarge(&self, image: &ImageSpec, size_bytes: u64) -> bool {
+        self.nobody_has(&image.path).await;
+        self.img(&format!("tap-img resize -q {} {size_bytes}", named(image))).await
+    }
+
     async fn img(&self, line: &str) -> bool {
         let cli = img::Cli::try_parse_from(line.split_whitespace());
         let cli = cli.unwrap_or_else(|e| panic!("{line}: {e}"));

@@ -10,6 +10,7 @@
 //! Whatever dies, is paused, closed by force or replaced: the guest waits, and its requests are carried out once. A
 //! device that is closed has none of its pages mapped by anybody.
 
+mod growth;
 mod keeper;
 
 use super::Part;
@@ -25,6 +26,7 @@ use crate::guest::{Guest, Hostile, RingDisk};
 use crate::machine::{Attached, Machine, Script, XVDB};
 use crate::scenario::Scenario;
 use crate::world::World;
+use growth::Growth;
 use keeper::{Keeper, PATH_KEY};
 use sim::{Entity, Label};
 use std::rc::Rc;
@@ -35,7 +37,7 @@ use xen_model::VbdPaths;
 /// Guests that get their disks from tapback.
 pub static GIVEN: Scenario = Scenario {
     name: "given",
-    about: "guests on rings of disks that tap-ctl opened; tapback and tapdisk are killed, stopped and replaced, disks paused and closed by force",
+    about: "guests on rings of disks that tap-ctl opened; tapback and tapdisk are killed, stopped and replaced, disks paused, closed by force and made larger",
     storage: &|_| not_stuck(),
     body: &|w| Box::pin(given(w)),
 };
@@ -48,7 +50,7 @@ pub static GIVEN_ACT: Label = Label::packed(
 );
 
 /// Kinds of acts, without "none".
-const ACTS: u64 = 10;
+const ACTS: u64 = 11;
 const DISK_BYTES: u64 = 512 << 10;
 /// A raw image of another size.
 const OTHER: &str = "/images/other.img";
@@ -63,6 +65,7 @@ struct Acts<'a> {
     keeper: &'a Rc<Keeper>,
     machine: &'a Rc<Machine>,
     disk: &'a Attached,
+    growth: &'a Rc<Growth>,
 }
 
 impl Acts<'_> {
@@ -124,7 +127,8 @@ impl Acts<'_> {
                 self.replace_tapback(0).await;
             }
             9 => self.other_image(hold_ns).await?,
-            _ => self.other_disk(hold_ns).await?,
+            10 => self.other_disk(hold_ns).await?,
+            _ => self.grow(hold_ns).await?,
         }
         Some(())
     }
@@ -167,7 +171,10 @@ impl Acts<'_> {
         let opened = self.keeper.opened(self.disk)?;
         let turn = self.keeper.turn.acquire().await;
         if self.keeper.take(self.disk).await? == 0 {
+            let has_grown = opened.setup.history.borrow().size_sectors() > opened.setup.size_sectors;
             let wrong = match hold_ns % 2 {
+                // As large as the disk was.
+                0 if has_grown && hold_ns & 4 != 0 => format!("-a raw:{TWIN} -D"),
                 0 => format!("-a raw:{OTHER} -D"),
                 _ => format!("{} -R", image(&opened.setup.spec, &self.keeper.admin.limits)),
             };
@@ -267,7 +274,7 @@ async fn given(world: World) {
     keeper.lives.replace(machine.starts());
     keeper.store.replace(Some(machine.toolstack.port.clone()));
     machine.start_tapdisk();
-    let setup = Setup::new(&world, kind, 0, DISK_BYTES);
+    let setup = Setup::new(&world, kind, 0, DISK_BYTES).growing();
     world.storage.put(TWIN, formats::content_of(&vec![0; DISK_BYTES as usize]));
     world.storage.put(OTHER, formats::content_of(&vec![0; DISK_BYTES as usize / 2]));
     let disk = machine.new_guest(setup.clone(), 0);
@@ -283,14 +290,15 @@ async fn given(world: World) {
         second_disk(&world, &keeper, &machine, &disk).await;
     }
     let hostile = hostile_guest(&world, &machine).await;
-    let acts = Acts { world: &world, keeper: &keeper, machine: &machine, disk: &disk };
+    let growth = Growth::follow(&world, &disk, &guest);
+    let acts = Acts { world: &world, keeper: &keeper, machine: &machine, disk: &disk, growth: &growth };
     acts.run().await;
     if let Some((guest, gone)) = hostile {
         select(gone, guest.node.dead()).await;
         // Its front end need not release anything, ever.
         machine.destroy(&guest).await;
     }
-    end(&world, &keeper, &machine, (&disk, &guest), finished).await;
+    end(&world, &keeper, &machine, (&disk, &guest, &growth), finished).await;
 }
 
 /// Another guest, which is hostile, with a disk in the same tapdisk.
@@ -363,7 +371,7 @@ async fn end(
     world: &World,
     keeper: &Rc<Keeper>,
     machine: &Rc<Machine>,
-    (disk, guest): (&Attached, &Guest<RingDisk>),
+    (disk, guest, growth): (&Attached, &Guest<RingDisk>, &Growth),
     finished: Receiver<()>,
 ) {
     let how = world
@@ -402,6 +410,8 @@ async fn end(
         _ => {
             let _ = finished.await;
             spare(keeper, machine);
+            keeper.ensure().await;
+            growth.settle().await;
             let (w, g) = (world.clone(), guest.clone());
             in_guest(disk, async move {
                 if let Err(error) = g.read_all().await {

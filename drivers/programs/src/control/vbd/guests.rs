@@ -12,6 +12,8 @@
 //! * A disk that a guest uses is not closed. Where that is forced, or the process ends, the guest is not told: its ring
 //!   has a record, and the next tapdisk that is told to connect it carries out what was not answered.
 //! * A paused disk keeps its guests' requests waiting.
+//! * A disk is at least as large as its guests know. It may be larger: whoever connects a ring hears of that, and tells
+//!   the guest. The ring takes requests for all that the disk has.
 
 use super::{Open, Stage, Vbd};
 use crate::control::ControlledHost;
@@ -32,7 +34,7 @@ tap_host::listed! {
     pub(in crate::control) BUGS: Bug;
     GUEST_CLOSED = "guest-closed", "a disk is closed although a guest uses it";
     GUEST_TWICE = "guest-twice", "a ring that is connected already is connected once more";
-    SIZE_UNCHECKED = "size-unchecked", "a guest is connected to a disk of another size than it knows";
+    SIZE_UNCHECKED = "size-unchecked", "a guest is connected to a disk that is smaller than it knows";
     MODE_UNCHECKED = "mode-unchecked", "a guest that writes is connected to a disk that may only be read";
     WRITABLE_GIVEN = "writable-given", "a guest that may only read is connected to a disk as if it could write";
     DISCONNECTED_EARLY = "disconnected-early", "a ring counts as disconnected while its requests are in flight";
@@ -140,9 +142,6 @@ impl<H: ControlledHost> Vbd<H> {
         if open.stage.get() == Stage::Closing {
             return Err(Refusal::new(Errno::ESHUTDOWN, format!("{what}: it is being closed")));
         }
-        if open.grows.get() {
-            return Err(Refusal::new(Errno::EAGAIN, format!("{what}: it is being made larger")));
-        }
         let info = open.disk.slot().info();
         let size_sectors = info.size_sectors;
         let told = wanted.size_sectors.is_some() && !settings.host.bug(&MODE_UNCHECKED);
@@ -152,7 +151,7 @@ impl<H: ControlledHost> Vbd<H> {
             return Err(Refusal::new(Errno::EMEDIUMTYPE, words));
         }
         if let Some(known) = wanted.size_sectors.filter(|_| !settings.host.bug(&SIZE_UNCHECKED))
-            && known != size_sectors
+            && known > size_sectors
         {
             let words =
                 format!("{what}: the disk has {size_sectors} sectors, and the guest was told {known}");

@@ -8,7 +8,8 @@
 //! # Contract
 //!
 //! * Who uses the disk notices a delay, never an error. NBD has no message about another size: a client knows the new
-//!   one once it connects anew.
+//!   one once it connects anew. Guests on rings are told by whoever connected them, who hears of it as of any event.
+//! * The disk has its new size for those who use it, and rings take requests for that, once the image has it durably.
 //! * The disk has the size that was told, durably, once that is answered. After a crash, or an error on the way, it has
 //!   the old size or the new one; it goes on with whichever its image has, and never becomes smaller.
 
@@ -17,9 +18,10 @@ use crate::control::open::spec_of;
 use crate::control::settings::Settings;
 use crate::disk::open_options;
 use crate::spec::DiskSpec;
+use std::rc::Rc;
 use tap_control::Refusal;
 use tap_control::json::{Happened, Resized};
-use tap_core::Node;
+use tap_core::{Node, Unfit};
 use tap_host::{Errno, SECTOR_BYTES};
 use tap_images::{Formats, sync_file};
 
@@ -27,6 +29,7 @@ tap_host::listed! {
     pub(super) BUGS: Bug;
     RESIZED_UNKNOWN = "resized-unknown", "a disk whose image has become larger insists on its old size";
     RESIZE_REFUSED_STAYS = "resize-refused-stays", "a disk whose image cannot become larger stays paused";
+    SIZE_TOLD_EARLY = "size-told-early", "a disk says its new size, and takes requests for it, before its image has it";
     RESIZED_ANY_FILE = "resized-any-file", "the file that has got the name of a disk's image becomes larger";
 }
 
@@ -56,13 +59,7 @@ impl<H: ControlledHost> Vbd<H> {
             }
             return Ok(Resized { minor: self.minor, size_sectors });
         }
-        // From now on no guest is connected.
-        open.grows.set(true);
-        let outcome = self.resize_to(settings, &open, size_bytes, &what).await;
-        if open.stage.get() == Stage::Running {
-            open.grows.set(false);
-        }
-        outcome
+        self.resize_to(settings, &open, size_bytes, &what).await
     }
 
     async fn resize_to(
@@ -76,11 +73,13 @@ impl<H: ControlledHost> Vbd<H> {
         let (name, size_sectors) = (open.name.borrow().clone(), size_bytes / SECTOR_BYTES);
         self.park_for(settings, open).await?;
         if let Err(why) = open.check_file(settings, what).await {
-            // Nobody has asked for the other file.
-            open.grows.set(false);
             open.stage.set(Stage::Stranded);
             self.tell(settings, Happened::Stranded);
             return Err(Refusal::new(why.error, format!("{}; it stays paused", why.words)));
+        }
+        if settings.host.bug(&SIZE_TOLD_EARLY) {
+            open.disk.grow_parked(size_sectors);
+            self.tell(settings, Happened::Resized);
         }
         let grown = open.grow(&name, size_bytes, what).await;
         if grown.is_err() && settings.host.bug(&RESIZE_REFUSED_STAYS) {
@@ -88,6 +87,11 @@ impl<H: ControlledHost> Vbd<H> {
         }
         let back = self.go_on(settings, open, &name).await;
         match (grown, back) {
+            (Ok(()), Ok(())) if open.disk.slot().info().size_sectors < size_sectors => {
+                let words =
+                    format!("{what}: its image has the new size, and cannot be synchronised; it goes on");
+                Err(Refusal::new(Errno::EIO, words))
+            }
             (Ok(()), Ok(())) => {
                 settings.host.mark(&RESIZED);
                 self.tell(settings, Happened::Resized);
@@ -119,9 +123,6 @@ impl<H: ControlledHost> Vbd<H> {
         } else if self.merges() {
             let words =
                 "images below it are being merged; tap-ctl cancel ends that, and query shows how far it is";
-            Some((Errno::EBUSY, words.to_owned()))
-        } else if !open.guests.borrow().is_empty() {
-            let words = "a guest uses it through a ring, and cannot be told; detach it from the guest first";
             Some((Errno::EBUSY, words.to_owned()))
         } else if !size_bytes.is_multiple_of(SECTOR_BYTES) {
             Some((Errno::EINVAL, format!("{size_bytes} bytes are not a multiple of {SECTOR_BYTES}")))
@@ -159,14 +160,21 @@ impl<H: ControlledHost> Open<H> {
         grown.map_err(|error| Refusal::new(error.errno(), error.to_string()))
     }
 
-    /// `image` is that of the disk, which is paused, opened again: it may have become larger, whatever was said about
-    /// that.
-    pub(super) fn grow_with(&self, settings: &Settings<H>, image: &dyn Node) {
+    /// `image`, that of the disk, which is paused, opened again, as it can take its place: it may have become larger,
+    /// whatever was said about that, or whoever did it. The disk does so, too, once it is durable.
+    pub(super) fn fit_own(
+        &self,
+        settings: &Settings<H>,
+        image: Rc<dyn Node>,
+        is_durable: bool,
+    ) -> Result<Rc<dyn Node>, Unfit> {
         let (size_sectors, have_sectors) = (image.info().size_sectors, self.disk.slot().info().size_sectors);
-        // A device may have another size than was asked for: whoever extends it.
-        let grew = self.grows.get() && size_sectors > have_sectors;
-        if grew && !settings.host.bug(&RESIZED_UNKNOWN) {
+        if size_sectors > have_sectors && !settings.host.bug(&RESIZED_UNKNOWN) {
+            if !is_durable {
+                return self.disk.fit_larger(image);
+            }
             self.disk.grow_parked(size_sectors);
         }
+        self.disk.fit(image)
     }
 }
