@@ -11,6 +11,16 @@ disk_wait() {
     echo "@guest sectors of $1: $(cat "/sys/block/$1/size")"
 }
 
+# disk_grown NAME: waits until the disk has another size.
+disk_grown() {
+    local before
+    before=$(cat "/sys/block/$1/size")
+    while [ "$(cat "/sys/block/$1/size")" = "$before" ]; do
+        usleep 200000
+    done
+    echo "@guest sectors of $1: $(cat "/sys/block/$1/size")"
+}
+
 # disk_gone NAME: waits until the disk is gone.
 disk_gone() {
     local left=150

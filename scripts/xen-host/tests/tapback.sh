@@ -1,10 +1,12 @@
-# tapback: disks of tap-ctl given to a guest (one by xl, one vbd3): paused, snapshot, merged, both programs killed under load
+# tapback: disks of tap-ctl given to a guest: paused, snapshot, merged, enlarged, both programs killed under load
 . /xen-host/lib.sh
 
 cat > guest.sh <<'GUEST'
 . /guest-lib.sh
 disk_wait xvda
 disk_wait xvdb
+disk_grown xvda &
+disk_grown xvdb &
 disks_load xvda xvdb
 GUEST
 
@@ -82,6 +84,15 @@ for round in 3 2; do
     guest_goes_on given
 done
 [ "$(ls disk.*qcow other.*qcow | wc -l)" = 4 ] || fail "merged images are left: $(ls)"
+
+echo "# made larger under load, one of them while no tapback runs"
+tap-ctl resize -p "$(pid_of 0)" -m 0 -s 96M
+guest_wait given 30 '^@guest sectors of xvda: 196608'
+kill -9 "${tapbacks[@]}"
+tap-ctl resize -p "$(pid_of 1)" -m 1 -s 48M
+tapback_start
+guest_wait given 30 '^@guest sectors of xvdb: 98304'
+guest_goes_on given
 
 # again MINOR SPEC: the tapdisk of this disk is killed, and another one opens it.
 again() {
