@@ -8,8 +8,9 @@
 //! ```
 //!
 //! A failed write may have reached the file. Its entries are not published, and are reverted in the file if that is
-//! possible. In any case each guest cluster keeps the place in the file that such an entry points to (see
-//! [`super::doubt`]), and the data there is one of the allowed versions.
+//! possible. If it is not, the file is read: an entry that is there is published, because the table is read from there
+//! again once it was evicted. In any case each guest cluster keeps the place in the file that such an entry points to
+//! (see [`super::doubt`]), and the data there is one of the allowed versions.
 
 use super::HostOffset;
 use super::Image;
@@ -32,6 +33,7 @@ tap_host::listed! {
 tap_host::listed! {
     pub(super) MARKS: Mark;
     COMMIT_SHARED = "commit-shared", "one L2 write carried several entries";
+    COMMIT_NOT_UNDONE = "commit-not-undone", "an L2 write failed, and so did the one that should undo it";
 }
 
 /// Entries in a sector of a table.
@@ -72,9 +74,11 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
             true => Ok(()),
             false => self.write_entries(table, first..end, &batch).await,
         };
-        if result.is_err() {
-            // Revert to the published entries. If this fails too, the entries stay in doubt, which `doubt` handles.
-            self.write_entries(table, first..end, &[]).await.unwrap_or_default();
+        // Revert to the published entries.
+        if result.is_err() && self.write_entries(table, first..end, &[]).await.is_err() {
+            self.host.mark(&COMMIT_NOT_UNDONE);
+            // If this fails, too, the entries stay in doubt, which `doubt` handles.
+            self.publish_found(table, &batch).await.unwrap_or_default();
         }
         if result.is_ok() || self.host.bug(&FAILED_L2_CACHED) {
             self.publish(table, &batch);
@@ -93,6 +97,20 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
                 *entry = commit.entry::<L>(i, self.geometry.cluster_bytes());
             }
         }
+    }
+
+    /// Publishes the entries of `batch` that are in the file.
+    async fn publish_found(&self, table: &Table, batch: &[Rc<Commit>]) -> Result<(), Errno> {
+        let found = self.read_entries(table.offset).await?;
+        let mut entries = table.entries.borrow_mut();
+        for commit in batch {
+            for (i, at) in commit.entries.clone().enumerate() {
+                if found[at] == commit.entry::<L>(i, self.geometry.cluster_bytes()) {
+                    entries[at] = found[at];
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Writes the sectors of `table` that hold `entries`: the published ones, and `batch`.

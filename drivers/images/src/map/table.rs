@@ -254,7 +254,7 @@ impl<H: ImageHost, L: Layout> Image<H, L> {
         Ok(table)
     }
 
-    async fn read_entries(&self, offset: HostOffset) -> Result<Box<[u64]>, Errno> {
+    pub(super) async fn read_entries(&self, offset: HostOffset) -> Result<Box<[u64]>, Errno> {
         let buf = self.file.buffer(self.geometry.table_bytes() as usize).await?;
         let (result, bufs) = self.file.read(offset.0, smallvec![buf]).await;
         result?;
