@@ -66,6 +66,25 @@ impl Stack {
         spec: &ImageSpec,
         limits: &StackLimits,
     ) -> Result<Self, ImageError> {
+        let image = DiskSpec::Image(spec.clone());
+        match Self::open_disk(host, world, &image, limits, CacheMode::WriteBack).await {
+            Ok(stack) => Ok(stack),
+            Err(OpenError::Image(error)) => Err(error),
+            Err(other) => unreachable!("an image is neither an export nor a graph: {other}"),
+        }
+    }
+
+    /// The same for the disk `spec`, which is durable as `cache` says.
+    ///
+    /// # Errors
+    /// Those of opening it.
+    pub async fn open_disk(
+        host: &SimHost,
+        world: &World,
+        spec: &DiskSpec,
+        limits: &StackLimits,
+        cache: CacheMode,
+    ) -> Result<Self, OpenError> {
         let memory = limits.budget();
         let seen = Rc::new(RefCell::new(None));
         let (w, node, l, out) = (world.clone(), host.process.node().clone(), *limits, Rc::clone(&seen));
@@ -79,18 +98,14 @@ impl Stack {
             write: !limits.read_only,
             unlocked: false,
             direct: limits.direct,
-            cache: CacheMode::WriteBack,
+            cache,
             backing: BackingPolicy::any(ImageFormat::Probe),
-            patience_ns: 0,
+            // A process that was killed may still have operations under way.
+            patience_ns: if matches!(spec, DiskSpec::Mason { .. }) { 10_000_000_000 } else { 0 },
             memory: memory.clone(),
             tuning: Tuning { over_image: Some(over_image), ..tuning },
         };
-        let image = DiskSpec::Image(spec.clone());
-        let disk = match open_disk(host, formats::drivers(), VbdId(51712), &image, &options).await {
-            Ok(disk) => disk,
-            Err(OpenError::Image(error)) => return Err(error),
-            Err(OpenError::Server(error)) => unreachable!("an image is not an export: {error}"),
-        };
+        let disk = open_disk(host, formats::drivers(), VbdId(51712), spec, &options).await?;
         let report = disk.wait_report();
         world.sim.on_stall(move || lines(report()));
         let contract = seen.take().expect("an opened image has a contract");

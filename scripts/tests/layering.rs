@@ -39,6 +39,9 @@ fn allowed(package: &str) -> &'static [&'static str] {
             &["tap-host", "tap-core", "smallvec", "thiserror", "zerocopy", "flate2", "futures-util"]
         }
         "tap-example" => &["tap-host", "tap-core", "tap-images"],
+        "tap-mason" => {
+            &["tap-host", "tap-core", "tap-images", "annotate-snippets", "futures-util", "sha2", "thiserror"]
+        }
         "tap-ring" => &["tap-host", "tap-abi", "tap-core", "smallvec", "thiserror", "zerocopy"],
         "tap-nbd" => &[
             "tap-host",
@@ -58,6 +61,7 @@ fn allowed(package: &str) -> &'static [&'static str] {
             "tap-control",
             "tap-core",
             "tap-images",
+            "tap-mason",
             "tap-nbd",
             "tap-ring",
             "tap-xenbus",

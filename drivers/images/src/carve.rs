@@ -3,13 +3,14 @@
 //! An [`IoBuf`] moves as a whole. A part on buffer boundaries takes the buffers; any other part gets a new buffer, and
 //! its bytes are copied.
 
-use crate::memory::{buffers, cost_of_list};
+use crate::memory::buffers;
+pub use crate::memory::cost_of_list;
 use smallvec::SmallVec;
 use tap_core::Op;
 use tap_host::{Errno, IoBuf, IoVec, Share};
 
 /// The buffers of a request while parts of them are taken out.
-pub(crate) struct Carver {
+pub struct Carver {
     op: Op,
     slots: SmallVec<[Option<IoBuf>; 4]>,
     /// Where each buffer starts, in bytes of the request, and where the last one ends.
@@ -17,7 +18,7 @@ pub(crate) struct Carver {
 }
 
 /// A part that was taken out.
-pub(crate) struct Part {
+pub struct Part {
     at: usize,
     /// The first slot, if the buffers themselves were taken.
     moved_from: Option<usize>,
@@ -25,8 +26,16 @@ pub(crate) struct Part {
     pub(crate) bufs: IoVec,
 }
 
+impl Part {
+    /// The buffers to work with. They are put back as they are when the part is.
+    pub fn bufs(&mut self) -> &mut IoVec {
+        &mut self.bufs
+    }
+}
+
 impl Carver {
-    pub(crate) fn new(op: Op, bufs: IoVec) -> Self {
+    /// The buffers `bufs` of a request that does `op`.
+    pub fn new(op: Op, bufs: IoVec) -> Self {
         let mut starts: SmallVec<[usize; 5]> = SmallVec::new();
         let mut at = 0;
         for buf in &bufs {
@@ -43,13 +52,19 @@ impl Carver {
     }
 
     /// Bytes of memory that taking `len` bytes from byte `at` on needs.
-    pub(crate) fn cost(&self, at: usize, len: usize) -> usize {
+    pub fn cost(&self, at: usize, len: usize) -> usize {
         if self.whole(at, len).is_some() { 0 } else { cost_of_list(len) }
     }
 
     /// Takes `len` bytes from byte `at` on, with memory from `share` if it needs any. Parts taken out at the same time
     /// must not overlap.
-    pub(crate) fn take(&mut self, share: &mut Share, at: usize, len: usize) -> Result<Part, Errno> {
+    ///
+    /// # Errors
+    /// `ENOMEM` if `share` has less than [`Carver::cost`].
+    ///
+    /// # Panics
+    /// If a buffer of the part is taken already.
+    pub fn take(&mut self, share: &mut Share, at: usize, len: usize) -> Result<Part, Errno> {
         if let Some(slots) = self.whole(at, len) {
             let first = slots.start;
             let taken = self.slots[slots].iter_mut().map(|s| s.take().expect("a part is taken once"));
@@ -67,7 +82,7 @@ impl Carver {
     }
 
     /// Puts a part back, with the bytes read into it.
-    pub(crate) fn put(&mut self, part: Part) {
+    pub fn put(&mut self, part: Part) {
         match part.moved_from {
             Some(first) => {
                 for (slot, buf) in self.slots[first..].iter_mut().zip(part.bufs) {
@@ -86,7 +101,10 @@ impl Carver {
     }
 
     /// All buffers, once every part is back.
-    pub(crate) fn finish(self) -> IoVec {
+    ///
+    /// # Panics
+    /// If one is not.
+    pub fn finish(self) -> IoVec {
         self.slots.into_iter().map(|s| s.expect("every part was put back")).collect()
     }
 

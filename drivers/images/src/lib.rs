@@ -21,7 +21,7 @@
 //! * An image opened for writing is locked against every other process, one opened for reading against writers.
 
 mod calls;
-mod carve;
+pub mod carve;
 mod chain;
 mod error;
 mod foreign;

@@ -16,8 +16,8 @@ use tap_host::{Budget, Errno, IoBuf, IoVec, Share, Stage, cost_of};
 pub(crate) const PART_BYTES: usize = 64 << 10;
 /// Limit of memory taken at once, in bytes.
 pub(crate) const MAX_BYTES: usize = 1 << 20;
-/// Memory of a list of buffers of `len` bytes in total.
-pub(crate) fn cost_of_list(len: usize) -> usize {
+/// Memory of a list of buffers of `len` bytes in total, in bytes.
+pub fn cost_of_list(len: usize) -> usize {
     len / PART_BYTES * PART_BYTES + if len.is_multiple_of(PART_BYTES) { 0 } else { cost_of(len % PART_BYTES) }
 }
 

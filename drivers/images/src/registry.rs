@@ -115,6 +115,11 @@ impl<H: ImageHost> Formats<H> {
         Self(rows)
     }
 
+    /// The formats of its rows.
+    pub fn all(self) -> impl Iterator<Item = Format> {
+        self.0.iter().map(|row| row.format())
+    }
+
     /// The driver of the image `spec`, which is probed if its format is not given, without a lock if `unlocked`.
     ///
     /// # Errors
@@ -273,9 +278,23 @@ impl<H: ImageHost> Formats<H> {
         spec: &ImageSpec,
         options: &OpenOptions,
     ) -> Result<Rc<dyn Node>, ImageError> {
+        self.open_meant(host, spec, options, false).await
+    }
+
+    /// The same. If `any`, the caller has not named this file, but allowed any file as this format.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub async fn open_meant(
+        self,
+        host: &H,
+        spec: &ImageSpec,
+        options: &OpenOptions,
+        any: bool,
+    ) -> Result<Rc<dyn Node>, ImageError> {
         let (mut patience, until_ns) = (Patience::until(), host.now_ns() + OPEN_ANEW_NS);
         loop {
-            match self.open_level(host.clone(), spec.clone(), options.clone(), (false, Vec::new())).await {
+            match self.open_level(host.clone(), spec.clone(), options.clone(), (any, Vec::new())).await {
                 Err(error) if is_transient(&error) && patience.again_before(host, until_ns).await => {}
                 result => return result,
             }

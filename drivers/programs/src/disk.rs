@@ -13,6 +13,9 @@ use tap_images::{
     Backing, BackingPolicy, Format, Formats, ImageError, ImageFormat, ImageHost, ImageSpec, OpenOptions,
     SHIPPED, format_called, parse_size, same_path, show_size,
 };
+use tap_mason::build::{BuildError, build};
+use tap_mason::load::{LoadError, load};
+use tap_mason::modules::Modules;
 use tap_nbd::{Client, ClientConfig, ClientError, ClientTls};
 
 tap_host::listed! {
@@ -85,7 +88,7 @@ impl FromStr for BackingArg {
         }
         match text.parse() {
             Ok(DiskSpec::Image(spec @ ImageSpec { format: ImageFormat::As(_), .. })) => Ok(Self::File(spec)),
-            Ok(DiskSpec::Nbd { .. }) => Err("a backing file is a file".to_owned()),
+            Ok(DiskSpec::Nbd { .. } | DiskSpec::Mason { .. }) => Err("a backing file is an image".to_owned()),
             _ => {
                 let formats: Vec<&str> = SHIPPED.iter().map(|format| format.name()).collect();
                 Err(format!("it is {REFUSE}, {}, {PROBE} or FORMAT:PATH", formats.join(", ")))
@@ -254,7 +257,7 @@ pub fn require_format(spec: &DiskSpec) -> Result<(), String> {
             let names: Vec<String> = SHIPPED.iter().map(|format| format!("{format}:{path}")).collect();
             Err(format!("serve {path}: name its format, {}", names.join(" or ")))
         }
-        DiskSpec::Image(_) | DiskSpec::Nbd { .. } => Ok(()),
+        DiskSpec::Image(_) | DiskSpec::Nbd { .. } | DiskSpec::Mason { .. } => Ok(()),
     }
 }
 
@@ -274,13 +277,31 @@ pub enum OpenError {
     /// Its server refuses, or does not answer.
     #[error(transparent)]
     Server(#[from] ClientError),
+    /// Its graph cannot be read.
+    #[error(transparent)]
+    Text(#[from] LoadError),
+    /// Its graph cannot be opened.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Its graph has a mistake.
+    #[error("open {path}: {what}")]
+    Graph {
+        /// The file with the text of the graph.
+        path: String,
+        /// What is wrong, and what to do.
+        what: String,
+    },
 }
 
 impl OpenError {
     /// The error number of a file's failure.
     pub(crate) fn errno(&self) -> Option<Errno> {
         match self {
-            Self::Image(error) => Some(error.errno()),
+            Self::Image(error) | Self::Build(BuildError::Image { error, .. }) => Some(error.errno()),
+            Self::Text(LoadError::Io { error, .. }) | Self::Build(BuildError::Node { error, .. }) => {
+                Some(*error)
+            }
+            Self::Text(LoadError::Text { .. }) | Self::Build(_) | Self::Graph { .. } => Some(Errno::EINVAL),
             Self::Server(_) => None,
         }
     }
@@ -332,6 +353,7 @@ pub(crate) async fn open_node<H: DiskHost>(
             host.mark(&SERVER_AS_DISK);
             Rc::new(Client::connect(host.clone(), config).await?)
         }
+        DiskSpec::Mason { path, disk } => open_graph(host, formats, (path, disk.as_deref()), options).await?,
     };
     Ok(options.tuning.image(spec, image))
 }
@@ -355,16 +377,56 @@ async fn open_image<H: ImageHost>(
     options: &DiskOptions,
 ) -> Result<Rc<dyn Node>, ImageError> {
     let open = open_options(options);
+    until_free(host, options, async || formats.open(host, spec, &open).await, ImageError::is_in_use).await
+}
+
+/// What `open` opens, asked again for a while as long as something is in use.
+async fn until_free<H: ImageHost, T, E>(
+    host: &H,
+    options: &DiskOptions,
+    open: impl AsyncFn() -> Result<T, E>,
+    is_in_use: impl Fn(&E) -> bool,
+) -> Result<T, E> {
     let deadline_ns = host.now_ns().saturating_add(options.patience_ns);
     loop {
-        match formats.open(host, spec, &open).await {
-            Err(error) if error.is_in_use() && host.now_ns() < deadline_ns => {
+        match open().await {
+            Err(error) if is_in_use(&error) && host.now_ns() < deadline_ns => {
                 host.mark(&IMAGE_AWAITED);
                 host.sleep_ns(IN_USE_PAUSE_NS).await;
             }
             result => return result,
         }
     }
+}
+
+/// Opens a disk of the graph at `path`: `disk`, or the only one.
+async fn open_graph<H: ImageHost>(
+    host: &H,
+    formats: Formats<H>,
+    (path, disk): (&str, Option<&str>),
+    options: &DiskOptions,
+) -> Result<Rc<dyn Node>, OpenError> {
+    let modules = Modules::new(formats);
+    let mut loaded = load(host, path, &modules.classes).await?;
+    let refused = |what| OpenError::Graph { path: path.to_owned(), what };
+    let checked = loaded.check(&modules.classes, &|_| None);
+    let checked = match checked {
+        Some(checked) if checked.is_good() => checked,
+        _ => {
+            let first = loaded.messages.iter().find(|message| !message.is_warning);
+            let line = first.map(|message| loaded.sources.line(message)).unwrap_or_default();
+            return Err(refused(format!("{line}; mason check {path} shows all")));
+        }
+    };
+    let root = loaded.disk(&modules.classes, disk).map_err(refused)?;
+    let open = open_options(options);
+    let opened = until_free(
+        host,
+        options,
+        async || build(host, &modules, &loaded.graph, &checked, root, &open).await,
+        |error| matches!(error, BuildError::Image { error, .. } if error.is_in_use()),
+    );
+    Ok(opened.await?)
 }
 
 #[cfg(test)]

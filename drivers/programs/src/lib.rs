@@ -26,6 +26,7 @@
 //! | [`tuning`] | settings that are not on the command line |
 //! | [`vdev`] | guests' names of disks |
 //! | [`img`] | `tap-img` |
+//! | [`mason`] | `mason` |
 //! | [`usage`] | command lines that cannot be parsed |
 
 pub mod attach;
@@ -36,6 +37,7 @@ pub mod daemon;
 pub mod disk;
 mod help;
 pub mod img;
+pub mod mason;
 mod merge;
 mod old_names;
 pub mod serve;

@@ -188,6 +188,7 @@ impl ServeArgs {
             let description = match spec {
                 DiskSpec::Image(image) => format!("{} image", image.format.name()),
                 DiskSpec::Nbd { .. } => "disk of another server".to_owned(),
+                DiskSpec::Mason { .. } => "disk of a graph".to_owned(),
             };
             exports.push(Export { name, description, node, read_only });
         }

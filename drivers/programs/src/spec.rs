@@ -3,6 +3,7 @@
 //! ```text
 //!   FORMAT:PATH                 a file or block device, in this format
 //!   PATH                        a file whose format is probed, if the command allows that
+//!   mason:PATH                  the disk of a graph; mason:NAME@/PATH if it offers several
 //!   nbd:ADDRESS                 the default export of an NBD server: nbd:unix:/run/x.sock, nbd:host:10809
 //!   nbd://HOST[:PORT]/EXPORT    the syntax of the NBD project
 //!   nbd+unix:///EXPORT?socket=PATH
@@ -35,6 +36,13 @@ pub enum DiskSpec {
         export: String,
         /// How the connection is secured.
         tls: Option<TlsSpec>,
+    },
+    /// A disk of a graph.
+    Mason {
+        /// The file with the text of the graph.
+        path: String,
+        /// Which of its disks, if it offers several.
+        disk: Option<String>,
     },
 }
 
@@ -73,6 +81,9 @@ impl FromStr for DiskSpec {
         if let Some(address) = text.strip_prefix("nbd:") {
             return Ok(DiskSpec::Nbd { address: address.parse()?, export: String::new(), tls: None });
         }
+        if let Some(rest) = text.strip_prefix("mason:") {
+            return mason(text, rest);
+        }
         let (format, path) = match text.split_once(':') {
             Some((name, path)) if is_scheme(name) => match format_called(name) {
                 Some(format) => (ImageFormat::As(format), path),
@@ -90,9 +101,24 @@ impl FromStr for DiskSpec {
 fn unknown_format(name: &str, text: &str) -> String {
     let known: Vec<&str> = SHIPPED.iter().map(|format| format.name()).collect();
     format!(
-        "'{name}' is not a known format; there are {} and nbd (a file called that is ./{text})",
+        "'{name}' is not a known format; there are {}, mason and nbd (a file called that is ./{text})",
         known.join(", ")
     )
+}
+
+/// `PATH` or `NAME@/PATH`: what is before the first `@` is the name of a disk if it can be one, and an absolute path
+/// follows.
+fn mason(text: &str, rest: &str) -> Result<DiskSpec, String> {
+    let is_name =
+        |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    let (disk, path) = match rest.split_once('@') {
+        Some((name, path)) if is_name(name) && path.starts_with('/') => (Some(name.to_owned()), path),
+        _ => (None, rest),
+    };
+    if path.is_empty() || path.contains('\0') {
+        return Err(format!("'{text}' names no file"));
+    }
+    Ok(DiskSpec::Mason { path: path.to_owned(), disk })
 }
 
 /// Whether text before a colon is meant as a format, not as a part of a path.
@@ -185,6 +211,8 @@ impl fmt::Display for DiskSpec {
                 }
                 write!(f, "{}:{address}", if tls.is_some() { "nbds" } else { "nbd" })
             }
+            DiskSpec::Mason { path, disk: None } => write!(f, "mason:{path}"),
+            DiskSpec::Mason { path, disk: Some(disk) } => write!(f, "mason:{disk}@{path}"),
         }
     }
 }
@@ -223,6 +251,9 @@ mod tests {
         };
         for (text, spec) in [
             ("raw:a:b", image(tap_images::formats::raw::FORMAT.into(), "a:b")),
+            ("mason:/a@b", DiskSpec::Mason { path: "/a@b".into(), disk: None }),
+            ("mason:a@b", DiskSpec::Mason { path: "a@b".into(), disk: None }),
+            ("mason:vm1@/a@b", DiskSpec::Mason { path: "/a@b".into(), disk: Some("vm1".into()) }),
             ("/dev/vg/lv", image(ImageFormat::Probe, "/dev/vg/lv")),
             ("./odd:name", image(ImageFormat::Probe, "./odd:name")),
             ("nbd:unix:/run/x y", unix("")),

@@ -23,6 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         tap_programs::ctl::Cli::command(),
         tap_programs::tapback::Cli::command(),
         tap_programs::img::Cli::command(),
+        tap_programs::mason::Cli::command(),
     ];
     for command in all {
         write(command.version(VERSION), Path::new(&folder))?;

@@ -11,6 +11,7 @@ pub mod damage;
 pub mod device;
 pub mod exchange;
 pub mod failures;
+pub mod graphs;
 pub mod latch;
 pub mod life;
 pub mod nbd;
@@ -85,6 +86,8 @@ static OTHERS: &[&Scenario] = &[
     &control::CONTROLLED,
     &control::SNAPSHOTS,
     &control::GIVEN,
+    &graphs::GRAPH_POWER_CUT,
+    &graphs::GRAPH_ERRORS,
 ];
 
 /// Those of [`OTHERS`] that have been swept for a long time. A scenario that is neither here nor marked as settled
@@ -129,6 +132,7 @@ pub static LABELS: &[&Label] = &[
     &tap::STOP_IN_USE,
     &tap::ASK_TO_CLOSE,
     &failures::FAIL_NTH,
+    &graphs::GRAPH_NODE,
     &ring::KILL_AFTER,
     &ring::RECONNECT_AT,
     &life::GIVE_UP,

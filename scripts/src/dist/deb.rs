@@ -28,7 +28,7 @@ Description: disk images for Xen guests and NBD clients, in user space
  their requests wait for the next one.
  .
  tap-img creates, shows, checks, compares and converts images, with the options
- of qemu-img.
+ of qemu-img. mason checks and draws graphs of disks, which are served like images.
  .
  The programs are linked statically, for hosts with an old C library; with Linux
  4.19 or later they use io_uring where the kernel has it, and threads elsewhere.

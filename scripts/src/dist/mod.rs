@@ -24,7 +24,7 @@ use xshell::{Shell, cmd};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// What ships, besides documents.
-pub(crate) const PROGRAMS: [&str; 4] = ["tapdisk", "tap-ctl", "tapback", "tap-img"];
+pub(crate) const PROGRAMS: [&str; 5] = ["tapdisk", "tap-ctl", "tapback", "tap-img", "mason"];
 
 const HELP: &str = "\
 Builds what is deployed: target/dist/tree, and of it a Debian package, target/dist/tapdisk_VERSION_amd64.deb.

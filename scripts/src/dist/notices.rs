@@ -21,7 +21,7 @@ Comment:
 /// What section 6 of the LGPL asks for: that the library is used, its licence, and how to get its source and to link
 /// the programs with another version of it. VERSION is that of Debian's package.
 const C_LIBRARY: &str = "
-Files: usr/bin/tapdisk usr/bin/tap-ctl usr/bin/tapback usr/bin/tap-img
+Files: usr/bin/tapdisk usr/bin/tap-ctl usr/bin/tapback usr/bin/tap-img usr/bin/mason
 Copyright: Free Software Foundation, Inc. and others (the GNU C Library)
 License: LGPL-2.1-or-later
 Comment:

@@ -21,7 +21,8 @@ const FILES: [(&str, &str, u32); 10] = [
     ("package/xen-blkback.conf", "usr/share/doc/tapdisk/examples/xen-blkback.conf", 0o644),
 ];
 /// Of docs/user.
-const DOCUMENTS: [&str; 6] = ["deploy.md", "dom0.md", "guests.md", "serve.md", "tap-ctl.md", "tls.md"];
+const DOCUMENTS: [&str; 7] =
+    ["deploy.md", "dom0.md", "guests.md", "mason.md", "serve.md", "tap-ctl.md", "tls.md"];
 pub(super) const DOC: &str = "usr/share/doc/tapdisk";
 const MANUALS: &str = "usr/share/man/man1";
 

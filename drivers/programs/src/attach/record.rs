@@ -72,6 +72,11 @@ impl Identity {
                 };
                 Ok(Self([hash(format, 0), id.device, id.inode, id.generation]))
             }
+            DiskSpec::Mason { path, disk } => {
+                let id = host.open(path, OpenMode::READ).await?.info().await?.id;
+                let which = hash(disk.as_deref().unwrap_or_default(), hash("mason", 0));
+                Ok(Self([which, id.device, id.inode, id.generation]))
+            }
             DiskSpec::Nbd { .. } => {
                 let text = spec.to_string();
                 Ok(Self([hash("nbd", 0), hash(&text, 1), hash(&text, 2), text.len() as u64]))

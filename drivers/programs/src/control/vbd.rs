@@ -525,7 +525,12 @@ async fn make_durable<H: ControlledHost>(
     node: Rc<dyn Node>,
     elsewhere: bool,
 ) -> Result<bool, OpenError> {
-    let DiskSpec::Image(image) = spec else { return Ok(true) };
+    let own = match spec {
+        DiskSpec::Image(image) => Some(&image.path),
+        // All images of a graph are below its disk.
+        DiskSpec::Mason { .. } => None,
+        DiskSpec::Nbd { .. } => return Ok(true),
+    };
     if !options.write {
         return Ok(true);
     }
@@ -533,7 +538,7 @@ async fn make_durable<H: ControlledHost>(
     if !host.bug(&COPY_TAKEN_AS_IS)
         && let Err(error) = node.submit(Request::flush()).await.result
     {
-        let path = image.path.clone();
+        let path = own.cloned().unwrap_or_else(|| spec.to_string());
         if elsewhere {
             return Err(ImageError::Io { action: "synchronise", path, error }.into());
         }
@@ -541,19 +546,25 @@ async fn make_durable<H: ControlledHost>(
         settings.console.err(&format!("tapdisk: failed to synchronise {path}: {error}; it is served"));
         is_durable = false;
     }
+    // Those of a graph may be new; those below an image were there when it was made.
+    let mut names: Vec<String> = Vec::new();
     if !host.bug(&CHAIN_TAKEN_AS_IS) {
         for (_, below) in nodes(node) {
-            let Some(name) = below.name().filter(|name| name.as_str() != image.path) else { continue };
+            let is_own = |name: &tap_core::NodeName| own.is_some_and(|own| name.as_str() == own);
+            let Some(name) = below.name().filter(|name| !is_own(name)) else { continue };
             // It is open for reading only, and whoever wrote to it last may have been killed.
             match sync_file(host, name.as_str()).await {
                 Err(error) if elsewhere => return Err(error.into()),
                 Err(error) => settings.console.err(&format!("tapdisk: failed to {error}; it is served")),
+                Ok(()) if own.is_none() => names.push(name.to_string()),
                 Ok(()) => {}
             }
         }
     }
     if !host.bug(&NAME_TAKEN_AS_IS) {
-        sync_name(host, &image.path).await?;
+        for name in own.into_iter().chain(&names) {
+            sync_name(host, name).await?;
+        }
     }
     Ok(is_durable)
 }

@@ -37,6 +37,11 @@ pub(crate) fn img() -> String {
     filled(include_str!("img.txt"))
 }
 
+/// After the help of `mason`.
+pub(crate) fn mason() -> String {
+    filled(include_str!("mason.txt"))
+}
+
 /// The text below the options of `tap-img commit`.
 pub(crate) fn commit() -> String {
     filled(include_str!("commit.txt"))
@@ -63,13 +68,13 @@ mod tests {
     fn help_texts_name_every_format_and_have_no_placeholder_left() {
         let [serve, xen, attach, img] = [serve(), xen(), attach(), img()];
         let [control, ctl, commit, tapback] = [control(), ctl(), commit(), tapback()];
-        let resize = resize();
+        let [resize, mason] = [resize(), mason()];
         for format in SHIPPED {
             assert!([&serve, &attach, &ctl].iter().all(|text| text.contains(&format!("{format}:PATH"))));
             assert!(img.contains(&format!("{format} (")));
         }
         let left = ["{specs}", "{formats}"];
-        let all = [serve, xen, attach, img, control, ctl, commit, tapback, resize];
+        let all = [serve, xen, attach, img, control, ctl, commit, tapback, resize, mason];
         assert!(all.iter().all(|text| !left.iter().any(|name| text.contains(name)) && !text.ends_with('\n')));
     }
 }

@@ -134,6 +134,10 @@ impl Convert {
                 let text = format!("create {spec}: an export exists already; write into it with -n");
                 return Err(Failure::new(text));
             }
+            DiskSpec::Mason { .. } => {
+                let text = format!("create {spec}: a graph is no image; write into its disk with -n");
+                return Err(Failure::new(text));
+            }
         }
         // Durable only at the end: a copy interrupted by a crash was never reported complete.
         let cache = CacheMode::Unsafe;

@@ -49,6 +49,11 @@ impl Info {
         let mut next = match super::disk(&self.file, self.format).map_err(Failure::new)? {
             DiskSpec::Image(spec) => Some(spec),
             export @ DiskSpec::Nbd { .. } => return self.of_export(host, &export, console).await,
+            DiskSpec::Mason { path, .. } => {
+                let text =
+                    format!("show {}: a graph is no image; mason check {path} shows its disks", self.file);
+                return Err(Failure::new(text));
+            }
         };
         let mut chain: Vec<(String, Description)> = Vec::new();
         while let Some(spec) = next.take() {

@@ -145,7 +145,7 @@ pub async fn run<H: DiskHost>(host: H, cli: Cli, console: &dyn Console) -> u8 {
 fn disk(file: &str, format: Option<Format>) -> Result<DiskSpec, String> {
     let spec = match file.parse::<DiskSpec>().map_err(|why| format!("use {file}: {why}"))? {
         DiskSpec::Image(spec) => spec,
-        nbd => return Ok(nbd),
+        other => return Ok(other),
     };
     match (format.map(ImageFormat::As), spec.format) {
         (None, _) => Ok(DiskSpec::Image(spec)),
@@ -170,7 +170,7 @@ async fn open_node<H: DiskHost>(
 fn image(file: &str, format: Option<Format>) -> Result<ImageSpec, String> {
     match disk(file, format)? {
         DiskSpec::Image(spec) => Ok(spec),
-        DiskSpec::Nbd { .. } => Err(format!("use {file}: this needs a file")),
+        DiskSpec::Nbd { .. } | DiskSpec::Mason { .. } => Err(format!("use {file}: this needs an image")),
     }
 }
 
