@@ -99,7 +99,6 @@ again() {
     local pid
     kill -9 "$(pid_of "$1")"
     pid=$(tap-ctl spawn -- --backing qcow)
-    pid=${pid##* }
     tap-ctl attach -p "$pid" -m "$1"
     tap-ctl open -p "$pid" -m "$1" -a "$2" -D
 }

@@ -505,7 +505,7 @@ impl<H: ControlledHost> Vbd<H> {
     }
 }
 
-const PAUSED: i32 = state::PAUSED | state::PAUSE_REQUESTED | state::QUIESCED | state::CLOSED;
+const PAUSED: i32 = state::PAUSED | state::QUIESCED | state::CLOSED;
 
 /// The file that the image called `name` has now; `None` if it has none, or it cannot be looked at.
 async fn file_of<H: ControlledHost>(host: &H, name: &str) -> Option<FileId> {

@@ -247,7 +247,9 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
             Verb::Free(args) => self.free(args.minor).await,
             Verb::Spawn(args) => {
                 let pid = self.spawn(&args.options).await?;
-                self.say(&format!("tapdisk spawned with pid {pid}"), &json!({ "pid": pid }));
+                // Scripts read the number alone.
+                let words = if self.console.is_terminal() { "tapdisk spawned with pid " } else { "" };
+                self.say(&format!("{words}{pid}"), &json!({ "pid": pid }));
                 Ok(())
             }
             Verb::Attach(args) => self.ask(args, Kind::Attach, AT_ONCE_S).await,

@@ -139,7 +139,7 @@ fn a_paused_disk_lets_go_of_its_image_and_its_users_wait() {
         assert_eq!(write(&disk, 3, 7).await, Ok(()));
         admin.done(&format!("pause -p {pid} -m 0")).await;
         admin.done(&format!("pause -p {pid} -m 0")).await;
-        assert_eq!(admin.done("list").await, format!("pid={pid} minor=0 state=0x3a args=raw:/a"));
+        assert_eq!(admin.done("list").await, format!("pid={pid} minor=0 state=0x2a args=raw:/a"));
         // Everything is durable, and another process may open the file for writing.
         assert!(kernel.storage().inode("/a").unwrap().pending.is_empty());
         let other = kernel.process("another", 1);
@@ -158,7 +158,7 @@ fn a_paused_disk_lets_go_of_its_image_and_its_users_wait() {
         sim.sleep_ns(100_000_000_000).await;
         assert_eq!(*late.borrow(), None);
         admin.refused(&format!("unpause -p {pid} -m 0"), Errno::EAGAIN, "stays paused").await;
-        assert_eq!(admin.done("list").await, format!("pid={pid} minor=0 state=0x23a args=raw:/a"));
+        assert_eq!(admin.done("list").await, format!("pid={pid} minor=0 state=0x22a args=raw:/a"));
         own.close().await.unwrap();
         admin.done(&format!("unpause -p {pid} -m 0")).await;
         sim.sleep_ns(1_000_000_000).await;
@@ -262,7 +262,7 @@ fn several_disks_of_one_process_and_a_minor_number_of_one_process_only() {
         assert_eq!(write(&disk, 0, 1).await, Err(Errno::EROFS));
         let said = admin.done("spawn").await;
         let second = admin.started.borrow()[1].host.process_id();
-        assert_eq!(said, format!("tapdisk spawned with pid {second}"));
+        assert_eq!(said, second.to_string());
         admin.refused(&format!("attach -p {second} -m 1"), Errno::EBUSY, "another tapdisk has it").await;
         admin.refused("free -m 1", Errno::EBUSY, "detach it first").await;
         admin.refused(&format!("detach -p {first} -m 1"), Errno::EBUSY, "close it first").await;

@@ -383,7 +383,7 @@ impl Acts<'_> {
         self.refuse(&unpause, Errno::ENOENT).await?;
         let line = format!("list -p {} -m {}", self.tapdisk.pid(), disk.minor.get().unwrap_or_default());
         let listed = self.admin.expect(self.tapdisk, &line, 0).await;
-        if listed.is_some_and(|listed| !listed.out.first().is_some_and(|row| row.contains("state=0x23a "))) {
+        if listed.is_some_and(|listed| !listed.out.first().is_some_and(|row| row.contains("state=0x22a "))) {
             self.world.fail(Invariant::U1, wrong);
         }
         self.world.sim.sleep_ns(hold_ns).await;
