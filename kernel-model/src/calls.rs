@@ -255,9 +255,8 @@ impl Inner {
         }
         self.close_due();
         let mut locks = open.file.locks.borrow_mut();
-        let conflict = |l: &(u64, LockKind)| {
-            l.0 != open.id && (kind == LockKind::Exclusive || l.1 == LockKind::Exclusive)
-        };
+        let conflict =
+            |l: &(u64, LockKind)| l.0 != open.id && (kind != LockKind::Shared || l.1 != LockKind::Shared);
         if locks.iter().any(conflict) {
             return Err(Errno::EAGAIN);
         }

@@ -1,7 +1,7 @@
 //! Locks: one writer or many readers, for as long as the file is open.
 
 use crate::{BLOCK, FileHost, OrFail, Outcome, Place, Test, buffers, pattern, read, same, same_bytes, tests};
-use tap_host::LockKind::{Exclusive, Shared};
+use tap_host::LockKind::{Exclusive, Shared, Sole};
 use tap_host::{Errno, File, OpenMode, poll_once};
 
 /// All bodies; they need a file system.
@@ -11,6 +11,7 @@ pub fn on_files<H: FileHost>() -> Vec<Test<Place<H>>> {
         readers_share_and_keep_writers_out,
         a_lock_can_be_raised_and_lowered,
         a_refused_lock_leaves_the_old_one,
+        a_sole_holder_keeps_all_others_out,
         clones_hold_one_lock,
         a_lock_goes_with_the_last_clone,
         a_lock_outlives_its_last_operation,
@@ -65,6 +66,20 @@ async fn a_refused_lock_leaves_the_old_one<H: FileHost>(place: Place<H>) -> Outc
     same("a reader beside it", three.lock(Shared).await, Ok(()))?;
     drop(three);
     same("raise alone", one.lock(Exclusive).await, Ok(()))
+}
+
+async fn a_sole_holder_keeps_all_others_out<H: FileHost>(place: Place<H>) -> Outcome {
+    let (one, two) = two(&place).await?;
+    same("hold alone", one.lock(Sole).await, Ok(()))?;
+    for kind in [Shared, Exclusive, Sole] {
+        same("another", two.lock(kind).await, Err(Errno::EAGAIN))?;
+    }
+    same("the holder again", one.lock(Sole).await, Ok(()))?;
+    same("lower", one.lock(Shared).await, Ok(()))?;
+    same("a reader of a lowered lock", two.lock(Shared).await, Ok(()))?;
+    same("hold alone beside a reader", one.lock(Sole).await, Err(Errno::EAGAIN))?;
+    drop(one);
+    same("the next holder", two.lock(Sole).await, Ok(()))
 }
 
 async fn clones_hold_one_lock<H: FileHost>(place: Place<H>) -> Outcome {

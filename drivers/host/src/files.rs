@@ -24,13 +24,16 @@ impl OpenMode {
     pub const CREATE: Self = Self { write: true, create_new: true, direct: false };
 }
 
-/// Whole-file advisory locks, as QEMU and we take them on images.
+/// Whole-file advisory locks: the first two as QEMU and we take them on images.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LockKind {
     /// Many readers (a backing file).
     Shared,
     /// One writer.
     Exclusive,
+    /// As `Exclusive`, and also against programs that use flock(2), which sees no other kind and is seen by none: for
+    /// files that such programs lock, too.
+    Sole,
 }
 
 /// What becomes of the space of a range that is made to read as zeros.

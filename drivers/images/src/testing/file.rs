@@ -234,8 +234,8 @@ impl File for MemFile {
 impl MemFile {
     fn try_lock(&self, kind: LockKind) -> Result<(), Errno> {
         let mut locks = self.0.store.locks.borrow_mut();
-        let alone = kind == LockKind::Exclusive;
-        if locks.iter().any(|l| l.0 != self.0.id && (alone || l.1 == LockKind::Exclusive)) {
+        let alone = kind != LockKind::Shared;
+        if locks.iter().any(|l| l.0 != self.0.id && (alone || l.1 != LockKind::Shared)) {
             return Err(Errno::EAGAIN);
         }
         locks.retain(|l| l.0 != self.0.id);

@@ -10,10 +10,15 @@
 //! same time at least one sees the other. The locks belong to the open file (F_OFD_SETLK): unlike POSIX locks they are
 //! not lost when another descriptor of the same file is closed.
 //!
+//! `Sole` is that of a writer and flock(2) besides: the kernel keeps the two apart, and programs of other origin that
+//! lock the markers of minor numbers know only the latter. Images have none: udev leaves a block device alone while
+//! somebody has such a lock on it, and NFS makes one of the two kinds out of the other.
+//!
 //! Specification: QEMU's `block/file-posix.c` and the section "Image locking" of its manual.
 
-use super::last_error;
-use std::os::fd::RawFd;
+use super::{last_error, of_rustix};
+use rustix::fs::{FlockOperation, flock};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use tap_host::{Errno, LockKind};
 
 const USED_BASE: i64 = 100;
@@ -39,7 +44,7 @@ impl Claim {
     fn of(kind: LockKind) -> Self {
         match kind {
             LockKind::Shared => Self { used: READ, unshared: WRITE | RESIZE },
-            LockKind::Exclusive => {
+            LockKind::Exclusive | LockKind::Sole => {
                 Self { used: READ | WRITE | RESIZE, unshared: READ | WRITE | WRITE_UNCHANGED | RESIZE }
             }
         }
@@ -51,11 +56,17 @@ impl Claim {
 /// # Errors
 /// `EAGAIN` in conflict with another open file; the lock is then as before. The file system's error if it has no such
 /// locks.
-pub(crate) fn take(fd: RawFd, before: Option<LockKind>, kind: LockKind) -> Result<(), Errno> {
+pub(crate) fn take(file: BorrowedFd<'_>, before: Option<LockKind>, kind: LockKind) -> Result<(), Errno> {
+    let (fd, was_sole) = (file.as_raw_fd(), before == Some(LockKind::Sole));
     let before = before.map_or(Claim::NONE, Claim::of);
     let claim = Claim::of(kind);
     let both = Claim { used: before.used | claim.used, unshared: before.unshared | claim.unshared };
-    let taken = apply(fd, both).and_then(|()| look(fd, claim));
+    let whole = || match (was_sole, kind == LockKind::Sole) {
+        (false, true) => flock(file, FlockOperation::NonBlockingLockExclusive).map_err(of_rustix),
+        (true, false) => flock(file, FlockOperation::Unlock).map_err(of_rustix),
+        _ => Ok(()),
+    };
+    let taken = apply(fd, both).and_then(|()| look(fd, claim)).and_then(|()| whole());
     let back = apply(fd, if taken.is_ok() { claim } else { before });
     taken.and(back)
 }

@@ -65,7 +65,7 @@ use call::{Call, Wait};
 use engine::Op;
 use std::cell::Cell;
 use std::future::Future;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use tap_host::{
@@ -379,7 +379,7 @@ impl File for LinuxFile {
 impl LinuxFile {
     async fn try_lock(&self, kind: LockKind) -> Result<(), Errno> {
         let before = self.open.lock.get();
-        match self.open.ask(move |fd| lock::take(fd.as_raw_fd(), before, kind)).await {
+        match self.open.ask(move |fd| lock::take(fd.as_fd(), before, kind)).await {
             Ok(()) => self.open.lock.set(Some(kind)),
             Err(error @ Errno(libc::ENOLCK | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
                 self.host.warn_no_locks(error);

@@ -180,7 +180,7 @@ impl<H: ControlledHost> Vbds<H> {
                 if error == Errno::ENOENT { "; allocate it first, by tap-ctl allocate" } else { "" },
             )
         })?;
-        match file.lock(LockKind::Exclusive).await {
+        match file.lock(LockKind::Sole).await {
             Err(_) if host.bug(&ATTACHED_UNMARKED) => {}
             Err(Errno::EAGAIN) => {
                 host.mark(&MINOR_TAKEN);

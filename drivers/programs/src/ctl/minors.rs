@@ -101,7 +101,7 @@ impl<H: CtlHost, L: Launch> Ctl<'_, H, L> {
         let file = self.host.open(&path, OpenMode::WRITE).await.map_err(|error| {
             failure(error, if error == Errno::ENOENT { "; it is not allocated" } else { "" })
         })?;
-        match file.lock(LockKind::Exclusive).await {
+        match file.lock(LockKind::Sole).await {
             Err(Errno::EAGAIN) if self.host.bug(&FREED_IN_USE) => {}
             Err(Errno::EAGAIN) => {
                 self.host.mark(&MINOR_IN_USE);

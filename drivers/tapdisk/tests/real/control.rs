@@ -18,6 +18,7 @@ pub(crate) fn tests(add: Add) {
     add("control::a_client_of_json_is_understood".into(), &[], Box::new(lines));
     add("control::a_killed_tapdisk_leaves_nothing_in_the_way".into(), &["qemu-io"], Box::new(killed));
     add("control::what_a_killed_tapdisk_left_is_removed_by_the_next".into(), &[], Box::new(dead));
+    add("control::programs_that_use_flock_see_a_minor_number_in_use".into(), &[], Box::new(markers));
     add("control::a_tapdisk_keeps_nothing_of_who_starts_it".into(), &[], Box::new(keeps_nothing));
     add("control::a_second_signal_ends_what_storage_holds_up".into(), &["qemu-io"], Box::new(held_up));
 }
@@ -283,6 +284,23 @@ fn dead() -> Done {
     // Those of a tapdisk that lives stay.
     place.done("spawn")?;
     assert_eq!(sockets()?.len(), 4);
+    Ok(())
+}
+
+fn markers() -> Done {
+    let place = Place::new()?;
+    let pid = place.create()?;
+    let marker = std::fs::File::open(place.path("run/tapdisk/tapdisk-0"))?;
+    assert!(marker.try_lock().is_err(), "the tapdisk has it");
+    place.done(&format!("destroy -p {pid} -m 0"))?;
+    place.done("allocate")?;
+    let marker = std::fs::File::open(place.path("run/tapdisk/tapdisk-0"))?;
+    marker.lock()?;
+    assert_eq!(place.run("free -m 0")?.0, 16);
+    let spawned = place.done("spawn")?;
+    assert_eq!(place.run(&format!("attach -p {spawned} -m 0"))?.0, 16);
+    drop(marker);
+    place.done(&format!("attach -p {spawned} -m 0"))?;
     Ok(())
 }
 
