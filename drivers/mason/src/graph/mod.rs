@@ -8,7 +8,7 @@
 //!
 //! # Contract
 //!
-//! * Everything follows from the [`Signature`](signature::Signature)s of the classes.
+//! * Everything follows from the signatures of the classes ([`signature`]).
 //! * What the checks accept can be built, unless a file says otherwise.
 //! * A graph has at most [`MAX_NODES`] nodes, whatever its text says.
 
