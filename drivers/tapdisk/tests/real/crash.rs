@@ -4,7 +4,7 @@
 //! not have taken effect; which one is remembered once it was seen.
 
 use crate::client::{Client, FLUSH, WRITE};
-use crate::server::{Server, TAP_IMG, tool};
+use crate::server::{MASON, Server, TAP_IMG, tool};
 use crate::{Add, Done};
 use libtest_mimic::Failed;
 use rand_chacha::ChaCha8Rng;
@@ -16,11 +16,13 @@ const SECTOR: usize = 512;
 pub(crate) const DISK_BYTES: usize = SECTORS as usize * SECTOR;
 const SECTORS: u64 = (4 << 20) / SECTOR as u64;
 const DEPTH: usize = 16;
-/// Kills of each disk; four disks make 200.
+/// Kills of each disk; five disks make 250.
 const KILLS: u64 = 50;
 
 pub(crate) fn tests(add: Add) {
-    for (name, direct) in [("raw", false), ("raw", true), ("qcow", false), ("overlay", false)] {
+    for (name, direct) in
+        [("raw", false), ("raw", true), ("qcow", false), ("overlay", false), ("graph", false)]
+    {
         let test = format!("killed_and_started_again::{name}{}", if direct { "-direct" } else { "" });
         add(test, &[], Box::new(move || killed(name, direct)));
     }
@@ -135,13 +137,49 @@ impl Model {
     }
 }
 
+/// A graph of 4 MiB: a stripe over a raw and a qcow image, then a qcow image over a base of 1 MiB.
+const GRAPH: &str = "\
+mason 1;
+
+vm :: disk(size = 4 MiB);
+vm -> qos :: throttle(rate = 400 MiB/s, burst = 64 KiB) -> both :: concat() => striped, top :: qcow(\"top.qcow\");
+striped :: stripe(chunk = 24 KiB);
+striped => a :: raw(\"a.img\"), b :: qcow(\"b.qcow\");
+readonly base :: raw(\"base.raw\");
+top [backing] -> base;
+";
+
+/// Makes the images of [`GRAPH`] in `folder`, and returns what its disk holds, and how it is served.
+fn graph(folder: &Path) -> Result<(Vec<u8>, Vec<String>), Failed> {
+    let at = |name: &str| folder.join(name).display().to_string();
+    let mut disk = vec![0; DISK_BYTES];
+    disk[3 << 20..].iter_mut().enumerate().for_each(|(i, b)| *b = (i / SECTOR % 251) as u8);
+    std::fs::write(at("base.raw"), &disk[3 << 20..])?;
+    tool(TAP_IMG, &["create", "-q", &at("a.img"), "1536K"])?;
+    tool(TAP_IMG, &["create", "-q", "-f", "qcow", &at("b.qcow"), "1536K"])?;
+    tool(TAP_IMG, &["create", "-q", "-f", "qcow", "-b", "base.raw", "-F", "raw", &at("top.qcow")])?;
+    std::fs::write(at("disk.mason"), GRAPH)?;
+    let checked = tool(MASON, &["check", &at("disk.mason")])?;
+    assert!(checked.starts_with("vm: 4 MiB, 7 nodes below\n"), "{checked}");
+    let mut args = vec![format!("mason:{}", at("disk.mason"))];
+    for (format, name) in [("raw", "a.img"), ("qcow", "b.qcow"), ("qcow", "top.qcow"), ("raw", "base.raw")] {
+        args.extend(["--backing".to_owned(), format!("{format}:{}", at(name))]);
+    }
+    Ok((disk, args))
+}
+
 fn killed(kind: &str, direct: bool) -> Done {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name);
     let show = |path: &Path| path.display().to_string();
     let mut base = vec![0; SECTORS as usize * SECTOR];
     let image = path("disk.img");
+    let mut args = vec!["--backing".to_owned(), "raw".to_owned()];
     match kind {
+        "graph" => {
+            (base, args) = graph(folder.path())?;
+            String::new()
+        }
         "raw" => tool(TAP_IMG, &["create", "-q", &show(&image), "4M"])?,
         "qcow" => tool(TAP_IMG, &["create", "-q", "-f", "qcow", &show(&image), "4M"])?,
         _ => {
@@ -151,11 +189,13 @@ fn killed(kind: &str, direct: bool) -> Done {
         }
     };
     let format = if kind == "raw" { "raw" } else { "qcow" };
-    let spec = format!("{format}:{}", show(&image));
-    let mut args = vec![spec.as_str(), "--backing", "raw"];
-    if direct {
-        args.push("--direct");
+    if kind != "graph" {
+        args.push(format!("{format}:{}", show(&image)));
     }
+    if direct {
+        args.push("--direct".to_owned());
+    }
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let mut model = Model::new(7 + u64::from(direct));
     let socket = path("socket");
     let mut flying = BTreeMap::new();
@@ -173,7 +213,13 @@ fn killed(kind: &str, direct: bool) -> Done {
         flying = model.write_until(&mut client, answers)?;
         server.kill()?;
     }
-    if format == "qcow" {
+    let images: &[&str] = match kind {
+        "graph" => &["b.qcow", "top.qcow"],
+        "raw" => &[],
+        _ => &["disk.img"],
+    };
+    for image in images {
+        let image = path(image);
         let output = std::process::Command::new(TAP_IMG).args(["check", &show(&image)]).output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         // Clusters that were allocated but not yet mapped at a kill are leaked, which is harmless.

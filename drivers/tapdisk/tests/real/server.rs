@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 pub(crate) const TAPDISK: &str = env!("CARGO_BIN_EXE_tapdisk");
 pub(crate) const TAP_CTL: &str = env!("CARGO_BIN_EXE_tap-ctl");
+pub(crate) const MASON: &str = env!("CARGO_BIN_EXE_mason");
 pub(crate) const TAP_IMG: &str = env!("CARGO_BIN_EXE_tap-img");
 
 /// A `tapdisk serve` that listens; killed when dropped.
