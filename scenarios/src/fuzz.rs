@@ -30,6 +30,12 @@ use sim::{DecisionMap, Label, Script, Source, WAKE};
 use std::collections::BTreeSet;
 use std::sync::{Arc, LazyLock, Mutex};
 use tap_host::Bug;
+use tap_images::SHIPPED;
+use tap_mason::graph::check::check;
+use tap_mason::graph::resolve::{Text, resolve};
+use tap_mason::graph::show::Picture;
+use tap_mason::graph::signature::Classes;
+use tap_mason::lang::Sources;
 
 /// A target of fuzzing.
 pub struct Subject {
@@ -196,6 +202,30 @@ pub fn nbd_stream(bytes: &[u8]) {
     spec.options.stream = Some(bytes.into());
     if let Some(failure) = run(&spec).failure {
         panic!("{}: {}", failure.invariant, failure.detail);
+    }
+}
+
+/// Another target: `bytes` are the text of a graph.
+///
+/// # Panics
+/// If the language panics, or lays a text out differently the second time.
+pub fn mason_text(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let classes = Classes(tap_mason::modules::signatures(SHIPPED.iter().copied()));
+    let (file, messages) = tap_mason::lang::parse(0, text);
+    let (graph, found) = resolve(&classes, &[Text { file: &file, folder: String::new() }]);
+    let mut sources = Sources::default();
+    sources.add("text", text.to_owned());
+    sources.render(&messages, false);
+    sources.render(&found, true);
+    let checked = check(&classes, &graph, &|_| None);
+    sources.render(&checked.messages, false);
+    if messages.is_empty() && found.is_empty() && checked.is_good() {
+        let picture = Picture { classes: &classes, graph: &graph, checked: &checked };
+        assert!(!picture.tree().is_empty() && !picture.svg().is_empty() && !picture.dot().is_empty());
+    }
+    if let Ok(laid_out) = tap_mason::lang::format(text) {
+        assert_eq!(tap_mason::lang::format(&laid_out).as_deref(), Ok(laid_out.as_str()));
     }
 }
 
@@ -476,6 +506,20 @@ mod tests {
                 bytes[5..9].copy_from_slice(&[0, 0, 0, len as u8 % 8]);
             }
             nbd_stream(&bytes);
+        }
+    }
+
+    #[test]
+    fn graphs_may_be_any_text() {
+        let text = include_bytes!("../../drivers/mason/examples/desktops.mason");
+        let mut maker = Maker::new(3, 0);
+        for _ in 0..400 {
+            let (from, with) = (maker.bytes(2), maker.bytes(3));
+            let at = usize::from(u16::from_le_bytes([from[0], from[1]])) % text.len();
+            let mut changed = text.to_vec();
+            let to = (at + usize::from(with[0] % 24)).min(changed.len());
+            changed.splice(at..to, with[1..].iter().map(|byte| byte % 96 + 32));
+            mason_text(&changed);
         }
     }
 
