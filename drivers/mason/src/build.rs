@@ -78,6 +78,8 @@ struct Builder<'a, H: 'static> {
     written: &'a [bool],
     options: &'a OpenOptions,
     held: BTreeMap<NodeId, Held>,
+    /// Those above each node that are made, once for each edge.
+    parents: Vec<Vec<NodeId>>,
     /// The sizes of those that are there, in bytes.
     sizes: Vec<Option<u64>>,
     groups: BTreeMap<String, Rc<crate::modules::pass::Limits>>,
@@ -98,11 +100,16 @@ pub async fn build<H: ImageHost>(
     let written: Vec<bool> = checked.written.iter().map(|written| *written && options.write).collect();
     let sizes = vec![None; graph.nodes.len()];
     let (held, groups) = (BTreeMap::new(), BTreeMap::new());
-    let mut builder = Builder { host, modules, graph, written: &written, options, held, sizes, groups };
     let order = graph.below(root);
+    let mut parents = vec![Vec::new(); graph.nodes.len()];
+    for above in &order {
+        graph.nodes[*above].below.iter().for_each(|edge| parents[edge.to].push(*above));
+    }
+    let mut builder =
+        Builder { host, modules, graph, written: &written, options, held, parents, sizes, groups };
     let mut result = Ok(());
     for id in &order {
-        result = builder.make(*id, &order).await;
+        result = builder.make(*id).await;
         if result.is_err() {
             break;
         }
@@ -117,7 +124,7 @@ pub async fn build<H: ImageHost>(
 
 impl<H: ImageHost> Builder<'_, H> {
     /// Makes node `id`; everything below it is there.
-    async fn make(&mut self, id: NodeId, order: &[NodeId]) -> Result<(), BuildError> {
+    async fn make(&mut self, id: NodeId) -> Result<(), BuildError> {
         let node = &self.graph.nodes[id];
         let made = match self.modules.maker(node.class) {
             Maker::Root => self.take(node.below[0].to),
@@ -134,7 +141,7 @@ impl<H: ImageHost> Builder<'_, H> {
             }
         };
         self.sizes[id] = Some(made.info().size_sectors * SECTOR_BYTES);
-        let held = self.hold(id, made, order);
+        let held = self.hold(id, made);
         self.held.insert(id, held);
         Ok(())
     }
@@ -155,12 +162,8 @@ impl<H: ImageHost> Builder<'_, H> {
     }
 
     /// Prepares `made` for its parents.
-    fn hold(&self, id: NodeId, made: Rc<dyn Node>, order: &[NodeId]) -> Held {
-        let edges_of = |above: &NodeId| {
-            let above = *above;
-            self.graph.nodes[above].below.iter().filter(move |edge| edge.to == id).map(move |_| above)
-        };
-        let parents: Vec<NodeId> = order.iter().flat_map(edges_of).collect();
+    fn hold(&self, id: NodeId, made: Rc<dyn Node>) -> Held {
+        let parents = &self.parents[id];
         if parents.len() < 2 {
             return Held::Own(made);
         }

@@ -154,7 +154,8 @@ codes! {
     "vm :: disk(); vm -> a :: raw(\"a.img\");"
 
     "M2010" "a graph that is too large"
-    "A graph has at most 4096 nodes and 100000 statements, those of a class counted each time that it is used."
+    "A graph has at most 4096 nodes, 100000 statements and 1000 conditions, those of a class counted each time that it is \
+     used."
     "" ""
 
     "M2011" "a text that others import has only classes and values"
@@ -238,6 +239,10 @@ codes! {
     "It would not be opened. This is a warning."
     "readonly vm :: disk(); vm -> zero(1 MiB); z :: zero(1 MiB);"
     "readonly vm :: disk(); vm -> zero(1 MiB);"
+
+    "M3012" "too many nodes above one another"
+    "A request passes through all of them. There are at most 64, counting the disk and the image."
+    "" ""
 
     "M4001" "a node that takes no writes would be written to"
     "Either the disk is only read, and is declared readonly, or its contents need a place that can be written to. The \

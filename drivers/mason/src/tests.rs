@@ -231,6 +231,20 @@ fn a_graph_that_grows_without_limit_is_stopped() {
 }
 
 #[test]
+fn what_costs_more_than_its_text_is_limited() {
+    let chain = |levels: usize| {
+        let nodes: String = (0..levels).map(|i| format!(" -> d{i} :: delay()")).collect();
+        format!("readonly vm :: disk(); vm{nodes} -> zero(1 MiB);")
+    };
+    assert!(graph_of(&chain(62)).2.is_empty());
+    let codes = |text: &str| graph_of(text).2.iter().map(|message| message.code).collect::<Vec<_>>();
+    assert_eq!(codes(&chain(63)), ["M3012"]);
+    let conditions = |count: usize| chain(1) + &"check reaches(vm, d0);".repeat(count);
+    assert!(graph_of(&conditions(1000)).2.is_empty());
+    assert_eq!(codes(&conditions(1001)), ["M2010"]);
+}
+
+#[test]
 fn deep_texts_do_not_exhaust_the_stack() {
     for (open, close) in
         [("(", ")"), ("[", "]"), ("not ", ""), ("f(", ")"), ("1 + ", "1"), ("a implies ", "a")]

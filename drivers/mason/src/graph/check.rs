@@ -11,9 +11,10 @@
 use super::resolve::takes;
 use super::signature::{Below, Classes, Keeps, Need, ROOT};
 use super::value::Value;
-use super::{Edge, Fact, Graph, NodeId};
+use super::{Edge, Fact, Graph, MAX_LEVELS, NodeId};
 use crate::lang::ast::{BinaryOp, Modifier};
 use crate::lang::{Diagnostic, Span};
+use std::collections::BTreeMap;
 use tap_images::same_path;
 
 /// What is known of a graph that was checked.
@@ -40,6 +41,7 @@ pub fn check(classes: &Classes, graph: &Graph, size_of: &dyn Fn(NodeId) -> Optio
     checks.ports();
     checks.roots();
     checks.cycles();
+    checks.levels();
     checks.names();
     if checks.messages.iter().any(|message| !message.is_warning) {
         return Checked { messages: checks.messages, written: none, sizes: unknown };
@@ -115,7 +117,12 @@ impl Checks<'_> {
             }
         }
         let mut used = vec![false; self.graph.nodes.len()];
-        roots.iter().flat_map(|root| self.graph.below(*root)).for_each(|id| used[id] = true);
+        roots.iter().for_each(|root| used[*root] = true);
+        for id in self.graph.order().into_iter().rev() {
+            if used[id] {
+                self.graph.nodes[id].below.iter().for_each(|edge| used[edge.to] = true);
+            }
+        }
         for (id, _) in used.iter().enumerate().filter(|(_, used)| !**used && !roots.is_empty()) {
             let title = format!("`{}` is below no {ROOT}", self.name(id));
             let span = self.graph.nodes[id].span;
@@ -154,6 +161,19 @@ impl Checks<'_> {
                     }
                     _ => {}
                 }
+            }
+        }
+    }
+
+    /// Requests pass through a limited number of nodes.
+    fn levels(&mut self) {
+        let mut levels = vec![1; self.graph.nodes.len()];
+        for id in self.graph.order() {
+            let below = self.graph.nodes[id].below.iter().map(|edge| levels[edge.to]).max();
+            levels[id] = 1 + below.unwrap_or(0);
+            if levels[id] == MAX_LEVELS + 1 {
+                let title = format!("more than {MAX_LEVELS} nodes are above one another");
+                self.error("M3012", title, self.graph.nodes[id].span, "at this one");
             }
         }
     }
@@ -237,7 +257,11 @@ impl Checks<'_> {
 
     /// What must not change is not written to.
     fn unchanged(&mut self, written: &[bool]) {
-        for id in 0..self.graph.nodes.len() {
+        let mut changes = written.to_vec();
+        for id in self.graph.order() {
+            changes[id] |= self.graph.nodes[id].below.iter().any(|edge| changes[edge.to]);
+        }
+        for id in (0..self.graph.nodes.len()).filter(|id| changes[*id]) {
             let base = self.above[id]
                 .iter()
                 .find(|(above, edge)| self.class(*above).ports[edge.port].need == Need::Unchanged);
@@ -287,13 +311,11 @@ impl Checks<'_> {
     /// Nodes that share something mean the same by it.
     fn agreement(&mut self) {
         let nodes = &self.graph.nodes;
+        let mut firsts: BTreeMap<(usize, Value), NodeId> = BTreeMap::new();
         for id in 0..nodes.len() {
             let Some(param) = self.class(id).agree else { continue };
             let Some(group) = nodes[id].params.0[param].clone() else { continue };
-            let alike = |other: &NodeId| {
-                nodes[*other].class == nodes[id].class && nodes[*other].params.0[param] == Some(group.clone())
-            };
-            let Some(first) = (0..id).find(alike) else { continue };
+            let first = *firsts.entry((nodes[id].class, group.clone())).or_insert(id);
             if nodes[first].params != nodes[id].params {
                 let title =
                     format!("`{}` and `{}` share {group}, and differ", self.name(first), self.name(id));
@@ -307,16 +329,8 @@ impl Checks<'_> {
     /// The sizes of all disks, from the bottom up.
     fn sizes(&mut self, size_of: &dyn Fn(NodeId) -> Option<u64>) -> Vec<Option<u64>> {
         let mut sizes = vec![None; self.graph.nodes.len()];
-        let mut done = vec![false; self.graph.nodes.len()];
-        for top in 0..self.graph.nodes.len() {
-            if done[top] {
-                continue;
-            }
-            for id in self.graph.below(top) {
-                if !std::mem::replace(&mut done[id], true) {
-                    sizes[id] = self.size(id, &sizes, size_of);
-                }
-            }
+        for id in self.graph.order() {
+            sizes[id] = self.size(id, &sizes, size_of);
         }
         sizes
     }

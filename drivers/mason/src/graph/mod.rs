@@ -27,6 +27,9 @@ use value::Value;
 /// Most nodes of a graph, counting those that modules stand for.
 pub const MAX_NODES: usize = 4096;
 
+/// Most nodes above one another.
+pub const MAX_LEVELS: usize = 64;
+
 /// The number of a node in its graph.
 pub type NodeId = usize;
 
@@ -117,9 +120,17 @@ impl Graph {
     ///
     /// A cycle is cut where it closes.
     pub fn below(&self, top: NodeId) -> Vec<NodeId> {
-        let (mut done, mut seen) = (Vec::new(), vec![false; self.nodes.len()]);
+        let mut done = Vec::new();
+        self.visit(top, &mut vec![false; self.nodes.len()], &mut done);
+        done
+    }
+
+    /// Adds `top` and what is below it to `done`, as far as it was not `seen`.
+    fn visit(&self, top: NodeId, seen: &mut [bool], done: &mut Vec<NodeId>) {
+        if std::mem::replace(&mut seen[top], true) {
+            return;
+        }
         let mut path = vec![(top, 0)];
-        seen[top] = true;
         while let Some((id, at)) = path.last_mut() {
             match self.nodes[*id].below.get(*at) {
                 Some(edge) => {
@@ -134,6 +145,12 @@ impl Graph {
                 }
             }
         }
+    }
+
+    /// All nodes, each after those below it. A cycle is cut where it closes.
+    pub fn order(&self) -> Vec<NodeId> {
+        let (mut done, mut seen) = (Vec::with_capacity(self.nodes.len()), vec![false; self.nodes.len()]);
+        (0..self.nodes.len()).for_each(|top| self.visit(top, &mut seen, &mut done));
         done
     }
 

@@ -170,19 +170,10 @@ impl Picture<'_> {
     fn places(&self) -> Vec<(usize, usize)> {
         let count = self.graph.nodes.len();
         let mut row = vec![0; count];
-        let mut order: Vec<NodeId> = Vec::new();
-        let mut seen = vec![false; count];
-        for root in 0..count {
-            for id in self.graph.below(root) {
-                if !std::mem::replace(&mut seen[id], true) {
-                    order.push(id);
-                }
-            }
-        }
-        // From the top down: what is below a node comes before it.
-        for id in order.iter().rev() {
-            for edge in &self.graph.nodes[*id].below {
-                row[edge.to] = row[edge.to].max(row[*id] + 1);
+        // From the top down.
+        for id in self.graph.order().into_iter().rev() {
+            for edge in &self.graph.nodes[id].below {
+                row[edge.to] = row[edge.to].max(row[id] + 1);
             }
         }
         let mut used = vec![0; count + 1];

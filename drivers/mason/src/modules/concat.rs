@@ -7,6 +7,7 @@
 
 use super::split::{Layout, Place};
 use crate::graph::signature::{Arity, Below, Keeps, Need, Params, Port, Signature};
+use std::ops::Range;
 
 pub(super) fn signature() -> Signature {
     Signature {
@@ -55,11 +56,28 @@ impl Layout for Concat {
         let start = if node == 0 { 0 } else { self.ends[node - 1] };
         Place { node, sector: sector - start, count: self.ends[node] - sector }
     }
+
+    fn ranges(&self, range: Range<u64>) -> Vec<(usize, Range<u64>)> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        let cut = |(node, (start, end)): (usize, (u64, &u64))| {
+            let (from, to) = (range.start.max(start), range.end.min(*end));
+            (from < to).then(|| (node, from - start..to - start))
+        };
+        starts.zip(&self.ends).enumerate().filter_map(cut).collect()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::modules::split::testing::same;
+
+    #[test]
+    fn a_long_range_is_one_of_each_disk() {
+        let concat = Concat::new([8, 0, 12, 3].into_iter());
+        assert_eq!(concat.ranges(7..21), [(0, 7..8), (2, 0..12), (3, 0..1)]);
+        same(&concat, 23);
+    }
 
     #[test]
     fn sectors_are_found_on_both_sides_of_each_end() {

@@ -102,18 +102,37 @@ impl Ram {
         Ok(())
     }
 
+    /// Only pages that are there are looked at: the range may be the whole disk.
     fn zero(&self, range: SectorRange) {
+        let (first, end) = (range.start.0, range.start.0 + u64::from(range.count));
         let mut pages = self.pages.borrow_mut();
-        for (page, from, len, _) in Self::parts(range) {
-            match len as u64 {
-                PAGE_BYTES => drop(pages.remove(&page)),
-                _ => {
-                    if let Some(page) = pages.get_mut(&page) {
-                        page.bytes[from..from + len].fill(0);
-                    }
-                }
+        let there = pages.range(first / PAGE_SECTORS..end.div_ceil(PAGE_SECTORS)).map(|(page, _)| *page);
+        for number in there.collect::<Vec<u64>>() {
+            let starts = number * PAGE_SECTORS;
+            let (from, to) = (first.max(starts) - starts, end.min(starts + PAGE_SECTORS) - starts);
+            if (from, to) == (0, PAGE_SECTORS) {
+                pages.remove(&number);
+            } else if let Some(page) = pages.get_mut(&number) {
+                page.bytes[(from * SECTOR_BYTES) as usize..(to * SECTOR_BYTES) as usize].fill(0);
             }
         }
+    }
+
+    /// Whether the first sector of `range` is in a page that is there, and how many are alike from there on.
+    fn alike(&self, range: SectorRange) -> (bool, u64) {
+        let (first, end) = (range.start.0, range.start.0 + u64::from(range.count));
+        let pages = self.pages.borrow();
+        let mut next = first / PAGE_SECTORS;
+        let mut there = pages.range(next..end.div_ceil(PAGE_SECTORS)).map(|(page, _)| *page).peekable();
+        let is_there = there.peek() == Some(&next);
+        if is_there {
+            while there.next_if_eq(&next).is_some() {
+                next += 1;
+            }
+        } else {
+            next = there.next().unwrap_or(u64::MAX / PAGE_SECTORS);
+        }
+        (is_there, end.min(next * PAGE_SECTORS) - first)
     }
 }
 
@@ -135,12 +154,9 @@ impl Node for Ram {
     }
 
     fn extents(&self, range: SectorRange, _: usize) -> LocalBoxFuture<Result<Vec<Extent>, Errno>> {
-        let pages = self.pages.borrow();
-        let first = pages.contains_key(&(range.start.0 / PAGE_SECTORS));
-        let alike = Self::parts(range).take_while(|(page, ..)| pages.contains_key(page) == first);
-        let count = alike.map(|(_, _, len, _)| len as u64 / SECTOR_BYTES).sum();
-        let source = if first { Source::UNKNOWN } else { Source::Nothing };
-        Box::pin(ready(Ok(vec![Extent { count, source, zero: !first, allocated: first }])))
+        let (allocated, count) = self.alike(range);
+        let source = if allocated { Source::UNKNOWN } else { Source::Nothing };
+        Box::pin(ready(Ok(vec![Extent { count, source, zero: !allocated, allocated }])))
     }
 
     fn info(&self) -> NodeInfo {

@@ -3,6 +3,7 @@
 use super::split::{Layout, Place};
 use crate::graph::signature::{Arity, Below, Keeps, Need, Param, Params, Port, Signature};
 use crate::graph::value::{Type, Value};
+use std::ops::Range;
 use tap_host::{Probe, SECTOR_BYTES};
 
 tap_host::listed! {
@@ -54,5 +55,9 @@ impl Slice {
 impl Layout for Slice {
     fn place(&self, sector: u64) -> Place {
         Place { node: 0, sector: self.first + sector, count: self.count - sector }
+    }
+
+    fn ranges(&self, range: Range<u64>) -> Vec<(usize, Range<u64>)> {
+        vec![(0, self.first + range.start..self.first + range.end)]
     }
 }

@@ -5,10 +5,12 @@
 //!   pieces   4 ──── 8 │ 8 ──── 12            the first piece is of one disk below, the second of the next
 //! ```
 //!
-//! Pieces run beside one another. A piece that does not end where a buffer ends gets a buffer of its own, and its bytes
-//! are copied; if there is no memory for all of these at once, the pieces run one after the other, in small steps.
+//! Pieces run beside one another, a limited number at once. A piece that does not end where a buffer ends gets a buffer
+//! of its own, and its bytes are copied; if there is no memory for all of these at once, the pieces run one after the
+//! other, in small steps. A request without data may be as long as the disk: it becomes one range of each node below.
 
 use std::future::ready;
+use std::ops::Range;
 use std::rc::Rc;
 use tap_core::{Child, Durable, Extent, LocalBoxFuture, Node, NodeInfo, Op, Request, Response};
 use tap_host::{Budget, Errno, SECTOR_BYTES, SectorRange, Stage};
@@ -27,6 +29,8 @@ tap_host::listed! {
     PIECES_IN_STEPS = "pieces-in-steps", "there was no memory for all pieces of a request at once";
 }
 
+/// Pieces of a request that run at once, at most.
+const AT_ONCE: usize = 64;
 /// Largest step of a piece while memory is short, in bytes.
 const STEP_BYTES: usize = 64 << 10;
 
@@ -45,6 +49,9 @@ pub struct Place {
 pub trait Layout: 'static {
     /// Where `sector`, which is in the disk, is.
     fn place(&self, sector: u64) -> Place;
+    /// The ranges of the nodes below that together are `range`, for requests without data: they may be much longer
+    /// than those with data. There are at most as many as nodes below.
+    fn ranges(&self, range: Range<u64>) -> Vec<(usize, Range<u64>)>;
 }
 
 /// A node whose sectors are those of the nodes below it, in another order.
@@ -104,10 +111,10 @@ pub(crate) fn together(infos: impl Iterator<Item = NodeInfo>) -> NodeInfo {
 }
 
 impl<H: tap_images::ImageHost, L: Layout> Inner<H, L> {
-    fn pieces(&self, range: SectorRange) -> Vec<Piece> {
+    /// At most [`AT_ONCE`] pieces of `range`, from sector `at` of the request on.
+    fn pieces(&self, range: SectorRange, mut at: u64) -> Vec<Piece> {
         let mut pieces = Vec::new();
-        let mut at = 0;
-        while at < u64::from(range.count) {
+        while at < u64::from(range.count) && pieces.len() < AT_ONCE {
             let place = self.layout.place(range.start.0 + at);
             let count = place.count.min(u64::from(range.count) - at);
             pieces.push(Piece { node: place.node, at, range: SectorRange::new(place.sector, count as u32) });
@@ -120,16 +127,24 @@ impl<H: tap_images::ImageHost, L: Layout> Inner<H, L> {
         if request.op == Op::Flush {
             return Response { result: self.flush().await, bufs: request.bufs };
         }
-        let pieces = self.pieces(request.range);
         let fua = request.fua && !self.host.bug(&FUA_NOT_PASSED);
-        match pieces[..] {
-            [piece] => {
-                let request = Request { range: piece.range, fua, ..request };
-                self.below[piece.node].submit(request).await
-            }
-            _ if request.op.has_data() => self.data(request, &pieces, fua).await,
-            _ => Response { result: self.no_data(&request, &pieces, fua).await, bufs: request.bufs },
+        let first = self.layout.place(request.range.start.0);
+        if first.count >= u64::from(request.range.count) {
+            let range = SectorRange::new(first.sector, request.range.count);
+            return self.below[first.node].submit(Request { range, fua, ..request }).await;
         }
+        if !request.op.has_data() {
+            return Response { result: self.no_data(&request, fua).await, bufs: request.bufs };
+        }
+        let (op, range) = (request.op, request.range);
+        let mut carver = Carver::new(op, request.bufs);
+        let (mut result, mut at) = (Ok(()), 0);
+        while at < u64::from(range.count) && result.is_ok() {
+            let pieces = self.pieces(range, at);
+            at += pieces.iter().map(|piece| u64::from(piece.range.count)).sum::<u64>();
+            result = self.data(op, &mut carver, &pieces, fua).await;
+        }
+        Response { result, bufs: carver.finish() }
     }
 
     async fn flush(&self) -> Result<(), Errno> {
@@ -139,14 +154,16 @@ impl<H: tap_images::ImageHost, L: Layout> Inner<H, L> {
         results.into_iter().try_for_each(|response| response.result)
     }
 
-    async fn no_data(&self, request: &Request, pieces: &[Piece], fua: bool) -> Result<(), Errno> {
+    async fn no_data(&self, request: &Request, fua: bool) -> Result<(), Errno> {
         if matches!(request.op, Op::WriteZeroes(flags) if flags.fast) {
             // One piece might be refused after another one was changed.
             return Err(Errno::EOPNOTSUPP);
         }
-        let answers = pieces.iter().map(|piece| {
-            let (op, range) = (request.op, piece.range);
-            self.below[piece.node].submit(Request { op, range, bufs: Default::default(), fua })
+        let start = request.range.start.0;
+        let ranges = self.layout.ranges(start..start + u64::from(request.range.count));
+        let answers = ranges.into_iter().map(|(node, range)| {
+            let (op, range) = (request.op, SectorRange::new(range.start, (range.end - range.start) as u32));
+            self.below[node].submit(Request { op, range, bufs: Default::default(), fua })
         });
         let answers: Vec<Response> = all(answers).await;
         self.first_error(answers.into_iter().map(|answer| answer.result))
@@ -159,16 +176,14 @@ impl<H: tap_images::ImageHost, L: Layout> Inner<H, L> {
         results.try_for_each(|result| result)
     }
 
-    /// A read or a write of several pieces.
-    async fn data(&self, request: Request, pieces: &[Piece], fua: bool) -> Response {
-        let op = request.op;
-        let mut carver = Carver::new(op, request.bufs);
+    /// Reads or writes some pieces of a request.
+    async fn data(&self, op: Op, carver: &mut Carver, pieces: &[Piece], fua: bool) -> Result<(), Errno> {
         let bytes = |piece: &Piece| ((piece.at * SECTOR_BYTES) as usize, piece.range.len_bytes() as usize);
         let cost = pieces.iter().map(bytes).map(|(at, len)| carver.cost(at, len)).sum();
         if cost > 0 {
             self.host.mark(&PIECE_COPIED);
         }
-        let result = match self.copies.try_take(cost) {
+        match self.copies.try_take(cost) {
             Some(mut share) => {
                 let mut parts = Vec::new();
                 let mut taken = Ok(());
@@ -199,10 +214,9 @@ impl<H: tap_images::ImageHost, L: Layout> Inner<H, L> {
             }
             None => {
                 self.host.mark(&PIECES_IN_STEPS);
-                self.in_steps(op, &mut carver, pieces, fua).await
+                self.in_steps(op, carver, pieces, fua).await
             }
-        };
-        Response { result, bufs: carver.finish() }
+        }
     }
 
     /// One small step after the other.
@@ -259,5 +273,26 @@ impl<H: tap_images::ImageHost, L: Layout> Node for Split<H, L> {
     fn close(&self) -> LocalBoxFuture<Result<(), Errno>> {
         let closes: Vec<_> = self.inner.below.iter().map(|node| node.close()).collect();
         Box::pin(async move { all(closes.into_iter()).await.into_iter().collect() })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::Layout;
+
+    /// Checks that `layout`, of a disk of `sectors`, has the same places for ranges as for single sectors.
+    pub(crate) fn same(layout: &impl Layout, sectors: u64) {
+        for from in 0..sectors {
+            for to in from + 1..=sectors {
+                let places = (from..to).map(|sector| layout.place(sector));
+                let mut single: Vec<(usize, u64)> = places.map(|place| (place.node, place.sector)).collect();
+                let ranges = layout.ranges(from..to).into_iter();
+                let mut found: Vec<(usize, u64)> =
+                    ranges.flat_map(|(node, range)| range.map(move |at| (node, at))).collect();
+                single.sort_unstable();
+                found.sort_unstable();
+                assert_eq!(single, found, "{from}..{to}");
+            }
+        }
     }
 }

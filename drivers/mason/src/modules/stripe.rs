@@ -10,6 +10,7 @@
 use super::split::{Layout, Place};
 use crate::graph::signature::{Arity, Below, Keeps, Need, Param, Params, Port, Signature};
 use crate::graph::value::{Type, Value};
+use std::ops::Range;
 use tap_host::{Probe, SECTOR_BYTES};
 
 tap_host::listed! {
@@ -72,17 +73,38 @@ impl Layout for Stripe {
         let node = (chunk % self.members) as usize;
         Place { node, sector: chunk / self.members * self.chunk + within, count: self.run - within }
     }
+
+    /// Neighbouring chunks of one disk are neighbours there, too.
+    fn ranges(&self, range: Range<u64>) -> Vec<(usize, Range<u64>)> {
+        // How many of the first `sector` sectors are on `member`.
+        let before = |sector: u64, member: u64| {
+            let row = self.chunk * self.members;
+            (sector / row) * self.chunk + (sector % row).saturating_sub(member * self.chunk).min(self.chunk)
+        };
+        let of = |member: u64| (member as usize, before(range.start, member)..before(range.end, member));
+        (0..self.members).map(of).filter(|(_, range)| !range.is_empty()).collect()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::modules::split::testing::same;
+
+    #[derive(Clone)]
+    struct Plain;
+    impl Probe for Plain {}
+
+    #[test]
+    fn a_long_range_is_one_of_each_disk() {
+        assert_eq!(Stripe::new(&Plain, 8, 3).ranges(7..25), [(0, 7..9), (1, 0..8), (2, 0..8)]);
+        for (chunk, members) in [(1, 1), (1, 3), (3, 2), (8, 4)] {
+            same(&Stripe::new(&Plain, chunk, members), chunk * members as u64 * 3);
+        }
+    }
 
     #[test]
     fn chunks_go_to_the_disks_in_turn() {
-        #[derive(Clone)]
-        struct Plain;
-        impl Probe for Plain {}
         let stripe = Stripe::new(&Plain, 8, 3);
         for (sector, node, at, count) in
             [(0, 0, 0, 8), (8, 1, 0, 8), (23, 2, 7, 1), (24, 0, 8, 8), (37, 1, 13, 3)]

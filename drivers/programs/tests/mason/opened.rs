@@ -2,7 +2,7 @@
 
 use super::Machine;
 use std::rc::Rc;
-use tap_core::{Node, Request, WaitsFor, wait_report};
+use tap_core::{Node, Request, WaitsFor, ZeroFlags, wait_report};
 use tap_host::{Errno, Files, IoBuf, SECTOR_BYTES, SectorRange, Tasks, VbdId};
 use tap_images::{BackingPolicy, Formats, ImageFormat, OpenOptions};
 use tap_mason::build::build;
@@ -167,6 +167,36 @@ fn requests_of_several_parents_of_a_node_are_kept_in_order() {
     });
     let bytes = machine.kernel.storage().bytes("/a.img").unwrap();
     assert_eq!(bytes[4 * 512..12 * 512], [2; 8 * 512]);
+}
+
+/// They are divided by disks, not by chunks, and only memory that is there is looked at.
+#[test]
+fn a_request_without_data_may_be_as_long_as_the_disk() {
+    let machine = Machine::new();
+    machine.put("/a.img", vec![0; 4096]);
+    machine.put("/b.img", vec![0; 4096]);
+    machine.put(
+        "/g.mason",
+        "vm :: disk();\nvm -> stripe(chunk = 1 sector) => a, b;\nvolatile a :: ram(1 TiB);\nvolatile b :: ram(1 TiB);\n",
+    );
+    machine.within(async move |host| {
+        let spec: DiskSpec = "mason:/g.mason".parse().unwrap();
+        let disk = open_disk(&host, Formats::shipped(), VbdId(1), &spec, &any()).await.unwrap();
+        let (node, last) = (disk.node(), u64::from(u32::MAX) - 2);
+        for at in [0, 77, last - 2, last + 1] {
+            assert_eq!(node.submit(write(at, 2, 9)).await.result, Ok(()));
+        }
+        let all = SectorRange::new(1, u32::MAX - 2);
+        let zeroes = Request::write_zeroes(all, ZeroFlags::default());
+        assert_eq!(node.submit(zeroes).await.result, Ok(()));
+        for (at, byte) in [(0, 9), (1, 0), (77, 0), (last - 1, 0), (last, 0), (last + 1, 9)] {
+            let buf = IoBuf::unpooled(SECTOR_BYTES as usize).unwrap();
+            let read = Request::read(SectorRange::new(at, 1), [buf].into_iter().collect());
+            let read = node.submit(read).await;
+            assert!(read.result == Ok(()) && read.bufs[0].iter().all(|b| *b == byte), "sector {at}");
+        }
+        disk.close().await.unwrap();
+    });
 }
 
 /// What is below an image stays as it is, and a disk in memory is as large as its memory.

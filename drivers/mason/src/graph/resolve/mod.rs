@@ -27,6 +27,8 @@ use std::collections::BTreeMap;
 const MAX_DEPTH: usize = 16;
 /// Statements of a graph, at most, those of a class counted each time that it is used.
 const MAX_STATEMENTS: usize = 100_000;
+/// Conditions of a graph, at most: each may look at all of it.
+const MAX_CONDITIONS: usize = 1000;
 /// Messages about one graph, at most.
 const MAX_MESSAGES: usize = 100;
 
@@ -155,7 +157,9 @@ impl<'a> Resolver<'a> {
     /// There is more than a graph may have, at `span`; said once.
     fn too_much(&mut self, span: Span) {
         if !std::mem::replace(&mut self.full, true) {
-            let title = format!("the graph has more than {MAX_NODES} nodes, or {MAX_STATEMENTS} statements");
+            let most =
+                format!("{MAX_NODES} nodes, {MAX_STATEMENTS} statements or {MAX_CONDITIONS} conditions");
+            let title = format!("the graph has more than {most}");
             let message = Diagnostic::error("M2010", title, span, "at this one");
             self.say(message.help("the statements of a class count each time that it is used"));
         }
@@ -228,6 +232,9 @@ impl<'a> Resolver<'a> {
         for statement in statements {
             match statement {
                 Statement::Chain(chain) => self.chain(chain, scope),
+                Statement::Check { span, .. } if self.conditions.len() >= MAX_CONDITIONS => {
+                    self.too_much(*span)
+                }
                 Statement::Check { expr, span } => {
                     if let Some(fact) = self.fact(expr, scope) {
                         self.conditions.push(Condition { fact, span: *span });
