@@ -170,7 +170,8 @@ async fn open_node<H: DiskHost>(
 fn image(file: &str, format: Option<Format>) -> Result<ImageSpec, String> {
     match disk(file, format)? {
         DiskSpec::Image(spec) => Ok(spec),
-        DiskSpec::Nbd { .. } | DiskSpec::Mason { .. } => Err(format!("use {file}: this needs an image")),
+        DiskSpec::Nbd { .. } => Err(format!("use {file}: this needs a file")),
+        DiskSpec::Mason { .. } => Err(format!("use {file}: this needs an image, and a graph is none")),
     }
 }
 
