@@ -117,7 +117,7 @@ impl<H: ControlledHost> Vbd<H> {
         let refusal = if open.stage.get() != Stage::Running {
             Some((Errno::EINVAL, "it is paused; resume it first".to_owned()))
         } else if !matches!(spec_of(&name, what)?, DiskSpec::Image(_)) {
-            Some((Errno::EOPNOTSUPP, format!("{name} is no image; make it larger where it is one")))
+            Some((Errno::EOPNOTSUPP, format!("{name} is no file; make it larger where it is one")))
         } else if info.read_only {
             Some((Errno::EROFS, "it is read-only".to_owned()))
         } else if self.merges() {
